@@ -142,7 +142,8 @@ class PolicyContract:
             content = json.loads(path.read_text())
         except FileNotFoundError:
             raise ContractError(
-                f"{path} does not exist: this is not a CogMerge checkpoint, or it was copied without its contract."
+                f"{path} does not exist: this is not a CogMerge checkpoint, or it was copied without its"
+                " contract."
             ) from None
         except ValueError as error:
             raise ContractError(f"{path} is not valid JSON ({error}); copy the checkpoint again.") from None
@@ -166,7 +167,8 @@ class PolicyContract:
         if need.action_space is None or offer.action_space is None:
             silent = "checkpoint" if need.action_space is None else "other side"
             problems.append(
-                f"the {silent} does not say what its actions mean (train with --action-space, for example {OSC_POSE_DELTA})"
+                f"the {silent} does not say what its actions mean (train with --action-space, for example"
+                f" {OSC_POSE_DELTA})"
             )
         elif need.action_space != offer.action_space:
             problems.append(f"it commands '{need.action_space}' but '{offer.action_space}' is expected")
@@ -204,7 +206,8 @@ def _camera_mismatches(need: tuple[Camera, ...], offer: tuple[Camera, ...]) -> l
             )
         elif (other.height, other.width) != (camera.height, camera.width):
             problems.append(
-                f"camera '{camera.key}' is {other.height}x{other.width}, expected {camera.height}x{camera.width}"
+                f"camera '{camera.key}' is {other.height}x{other.width},"
+                f" expected {camera.height}x{camera.width}"
             )
     return problems
 
@@ -242,7 +245,8 @@ def _parse_contract(content: Mapping[str, Any], path: Path) -> PolicyContract:
         raise ContractError(f"{path} is malformed ({error!r}); copy the checkpoint again.") from None
     if contract.statistics_hash != recorded:
         raise ContractError(
-            f"The normalisation statistics in {path} do not match their recorded hash: the file was edited or mixed up."
+            f"The normalisation statistics in {path} do not match their recorded hash: the file was edited or"
+            " mixed up."
         )
     return contract
 

@@ -1,1 +1,10 @@
-"""lerobot_plugin."""
+"""What LeRobot imports to discover CogMerge: configurations and processor steps, never modelling code.
+
+LeRobot imports the package named like this distribution and swallows errors, so nothing optional may be
+imported here unguarded. Processor steps must be imported because a checkpoint's JSON names them.
+"""
+
+from vla.policy.configuration_cogmerge import CogMergeConfig
+from vla.policy.processor_cogmerge import InstructionStep, ResizeImagesStep
+
+__all__ = ["CogMergeConfig", "InstructionStep", "ResizeImagesStep"]

@@ -1,1 +1,1 @@
-"""policy."""
+"""The policy: LeRobot's three faces, and the CogVLA network behind them."""

@@ -1,0 +1,26 @@
+"""Language backbones: Hugging Face decoders, taken whole: weights, PEFT names and families come free."""
+
+from __future__ import annotations
+
+from transformers import LlamaConfig, LlamaModel, PreTrainedModel, Qwen2Config, Qwen2Model
+
+_FAMILIES = {"llama": (LlamaConfig, LlamaModel), "qwen2": (Qwen2Config, Qwen2Model)}
+
+
+def build_decoder(config, vocab_size: int) -> PreTrainedModel:
+    """Build the decoder named by ``config.decoder`` from its sizes, with fresh weights.
+
+    Its own `forward` is never called: `vla.policy.decoder.RoutedDecoder` walks its layers.
+    """
+    config_class, model_class = _FAMILIES[config.decoder]
+    decoder_config = config_class(
+        vocab_size=vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.decoder_layers,
+        num_attention_heads=config.decoder_heads,
+        num_key_value_heads=config.decoder_kv_heads,
+        use_cache=False,
+    )
+    decoder_config._attn_implementation = config.attention
+    return model_class(decoder_config)

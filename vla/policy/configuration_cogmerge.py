@@ -1,0 +1,181 @@
+"""LeRobot's first face of the policy: its configuration, registered as ``--policy.type=cogmerge``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lerobot.configs import FeatureType, NormalizationMode, PreTrainedConfig
+from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
+
+from vla.errors import UserError, nearest
+from vla.policy.presets import preset
+
+DECODERS = ("llama", "qwen2")
+
+
+@PreTrainedConfig.register_subclass("cogmerge")
+@dataclass
+class CogMergeConfig(PreTrainedConfig):
+    """Sizes and training defaults of a CogMerge policy.
+
+    Every field whose default is None is filled from `preset`; a value given by the user wins. The saved
+    ``config.json`` holds the resolved values, so a later change of a preset does not alter a checkpoint.
+
+    Sizes: images are square with side `image_size` (pixels) after the policy's own resize; each entry of
+    `stem_strides` is one vision encoder; `aggregation_tokens` leave the encoder per camera;
+    `keep_floor` and `keep_dense_above` are the LFP schedule (`vla.policy.routing.keep_counts`).
+
+    `keyframe` adds one slot that predicts where the gripper acts next; its loss counts with
+    `keyframe_weight` and only when the batch brings the target. `action_space` is written into the
+    contract when the dataset does not say what its actions mean.
+    """
+
+    preset: str = "nano"
+
+    tokenizer: str | None = None
+    image_size: int | None = None
+    stem_strides: list[int] | None = None
+    stem_width: int | None = None
+    vision_dim: int | None = None
+    vision_layers: int | None = None
+    vision_heads: int | None = None
+    aggregation_tokens: int | None = None
+
+    decoder: str | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    decoder_layers: int | None = None
+    decoder_heads: int | None = None
+    decoder_kv_heads: int | None = None
+    keep_floor: float | None = None
+    keep_dense_above: float | None = None
+    attention: str = "coupled_mask"
+
+    chunk_size: int | None = None
+    n_action_steps: int | None = None
+    action_decoder: str | None = None
+    keyframe: bool | None = None
+    keyframe_weight: float = 0.3
+    action_space: str | None = None
+
+    normalization_mapping: dict[str, NormalizationMode] = field(
+        default_factory=lambda: {
+            "VISUAL": NormalizationMode.IDENTITY,
+            "STATE": NormalizationMode.MEAN_STD,
+            # Not QUANTILES: where a rotation axis is nearly always still, q99 - q01 is tiny, LeRobot does
+            # not clip, and the rare real rotations would dominate an L1 loss.
+            "ACTION": NormalizationMode.MIN_MAX,
+        }
+    )
+    dtype: str = "float32"
+
+    optimizer_lr: float = 1e-3
+    optimizer_weight_decay: float = 0.05
+    optimizer_betas: tuple[float, float] = (0.9, 0.95)
+    optimizer_grad_clip_norm: float = 1.0
+    scheduler_warmup_steps: int = 200
+    scheduler_decay_steps: int = 20_000
+    scheduler_decay_lr: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name, value in preset(self.preset).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        super().__post_init__()
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        for width, heads in (("vision_dim", "vision_heads"), ("hidden_size", "decoder_heads")):
+            if getattr(self, width) % (2 * getattr(self, heads)):
+                raise UserError(
+                    f"policy.{width}={getattr(self, width)} must be a multiple of 2 x policy.{heads}"
+                    f" ({getattr(self, heads)}); change one of them."
+                )
+        if self.decoder_heads % self.decoder_kv_heads:
+            raise UserError(
+                f"policy.decoder_heads={self.decoder_heads} must be a multiple of"
+                f" policy.decoder_kv_heads={self.decoder_kv_heads}."
+            )
+        for stride in self.stem_strides:
+            if stride < 4 or stride & (stride - 1) or self.image_size % stride:
+                raise UserError(
+                    f"policy.stem_strides has {stride}, which must be a power of two >= 4 that divides"
+                    f" policy.image_size={self.image_size}."
+                )
+        if not 1 <= self.n_action_steps <= self.chunk_size:
+            raise UserError(
+                f"policy.n_action_steps={self.n_action_steps} must lie between 1 and"
+                f" policy.chunk_size={self.chunk_size}: no more actions can be executed than are predicted."
+            )
+        if self.decoder not in DECODERS:
+            raise UserError(
+                f"Unknown policy.decoder '{self.decoder}'.{nearest(self.decoder, DECODERS)}"
+                f" Known: {', '.join(DECODERS)}."
+            )
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"policy.dtype must be float32 or bfloat16, not '{self.dtype}'.")
+
+    @property
+    def camera_keys(self) -> list[str]:
+        """Image feature keys in the order in which the model sees the cameras (alphabetical)."""
+        return sorted(self.image_features)
+
+    @property
+    def state_dim(self) -> int:
+        """Entries of ``observation.state``, 0 when the dataset has none."""
+        return self.robot_state_feature.shape[0] if self.robot_state_feature else 0
+
+    @property
+    def action_dim(self) -> int:
+        """Entries of one action."""
+        return self.action_feature.shape[0]
+
+    @property
+    def observation_delta_indices(self) -> None:
+        """Only the current observation is read."""
+        return None
+
+    @property
+    def action_delta_indices(self) -> list[int]:
+        """The chunk: the action of this step and of the next `chunk_size` - 1."""
+        return list(range(self.chunk_size))
+
+    @property
+    def reward_delta_indices(self) -> None:
+        """No reward is read."""
+        return None
+
+    def get_optimizer_preset(self) -> AdamWConfig:
+        """AdamW as `lerobot-train` and `vla train` use it unless told otherwise."""
+        return AdamWConfig(
+            lr=self.optimizer_lr,
+            betas=self.optimizer_betas,
+            weight_decay=self.optimizer_weight_decay,
+            grad_clip_norm=self.optimizer_grad_clip_norm,
+        )
+
+    def get_scheduler_preset(self) -> CosineDecayWithWarmupSchedulerConfig:
+        """Linear warm-up and cosine decay."""
+        return CosineDecayWithWarmupSchedulerConfig(
+            peak_lr=self.optimizer_lr,
+            decay_lr=self.scheduler_decay_lr,
+            num_warmup_steps=self.scheduler_warmup_steps,
+            num_decay_steps=self.scheduler_decay_steps,
+        )
+
+    def validate_features(self) -> None:
+        """Raise `UserError` when the features cannot feed this model."""
+        if not self.image_features:
+            raise UserError("The policy needs at least one camera, but the data has no image feature.")
+        if self.action_feature is None:
+            raise UserError("The policy needs an 'action' feature, but the data has none.")
+        for key, feature in self.image_features.items():
+            if len(feature.shape) != 3 or feature.shape[0] != 3:
+                raise UserError(
+                    f"Camera '{key}' has shape {tuple(feature.shape)}; the policy reads (3, H, W)."
+                )
+        for key, feature in {**self.input_features, **self.output_features}.items():
+            if feature.type in (FeatureType.STATE, FeatureType.ACTION) and len(feature.shape) != 1:
+                raise UserError(
+                    f"Feature '{key}' has shape {tuple(feature.shape)}; the policy reads vectors."
+                )

@@ -1,0 +1,154 @@
+"""LFP-Routing: a Hugging Face decoder that computes each layer only on the vision tokens worth it.
+
+A routed layer gathers the `k_l` highest-ranked vision tokens, runs on them and on all text, state and
+action tokens, and scatters the result back. Unselected tokens skip the layer unchanged and compete again
+in the next (bypass, not deletion); in that layer they are nobody's key (arXiv 2508.21046, section 3.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vla.policy.attention import CoupledMask
+from vla.policy.routing import LfpRouter, keep_counts, masked_mean, select_top_k
+
+Rotary = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Token counts of the sequence ``[text | vision | state | action]``."""
+
+    text: int
+    vision: int
+    state: int
+    action: int
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the action block."""
+        return self.text + self.vision + self.state
+
+    @property
+    def length(self) -> int:
+        """All tokens."""
+        return self.prefix + self.action
+
+
+class RoutedDecoder(nn.Module):
+    """The decoder stack with its routers; `counts` holds the kept vision tokens per layer."""
+
+    def __init__(self, backbone: PreTrainedModel, vision_tokens: int, floor: float, dense_above: float):
+        super().__init__()
+        self.backbone = backbone
+        self.vision_tokens = vision_tokens
+        layers = backbone.config.num_hidden_layers
+        self.counts = keep_counts(layers, vision_tokens, floor, dense_above)
+        self.routers = nn.ModuleDict(
+            {
+                str(layer): LfpRouter(backbone.config.hidden_size)
+                for layer, count in enumerate(self.counts)
+                if count < vision_tokens
+            }
+        )
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embed token ids (B, T) to (B, T, d)."""
+        return self.backbone.embed_tokens(tokens)
+
+    def forward(
+        self, x: Tensor, layout: Layout, text_valid: Tensor | None = None, trace: dict | None = None
+    ) -> Tensor:
+        """Run all layers and the final norm on `x` (B, S, d) laid out as `layout`.
+
+        `text_valid` (B, layout.text) is False on padding, which is excluded from attention, from the
+        instruction mean and from RoPE positions: a sample's result does not depend on its batch. When
+        `trace` is a dict, ``trace["kept"]`` maps each routed layer to its kept indices (B, k_l).
+        """
+        valid = None
+        if text_valid is not None:
+            tail = text_valid.new_ones(len(x), layout.length - layout.text)
+            valid = torch.cat([text_valid, tail], dim=1)
+        mask = CoupledMask(layout.length, layout.prefix, valid)
+        rotary = self.backbone.rotary_emb(x, self._positions(x, valid))
+        for index, layer in enumerate(self.backbone.layers):
+            if str(index) in self.routers:
+                x, kept = self._routed(index, layer, x, layout, mask, rotary)
+                if trace is not None:
+                    trace.setdefault("kept", {})[index] = kept
+            else:
+                x = layer(x, attention_mask=mask, position_embeddings=rotary)
+        return self.backbone.norm(x)
+
+    @staticmethod
+    def _positions(x: Tensor, valid: Tensor | None) -> Tensor:
+        if valid is None:
+            return torch.arange(x.shape[1], device=x.device)[None]
+        return valid.long().cumsum(1) - 1
+
+    def _routed(
+        self, index: int, layer: nn.Module, x: Tensor, layout: Layout, mask: CoupledMask, rotary: Rotary
+    ) -> tuple[Tensor, Tensor]:
+        """One LFP layer: rank, gather, compute, scatter. Returns (B, S, d) and the kept indices (B, k)."""
+        text, vision, rest = x.split(
+            [layout.text, layout.vision, layout.length - layout.text - layout.vision], 1
+        )
+        normed = layer.input_layernorm(x[:, : layout.text + layout.vision])
+        instruction = normed[:, : layout.text]
+        if mask.valid is None:
+            u = instruction.mean(1)
+        else:
+            u = masked_mean(instruction, mask.valid[:, : layout.text])
+        logits, gates = self.routers[str(index)](normed[:, layout.text :], u)
+        kept = select_top_k(logits, self.counts[index])
+
+        columns = _columns(kept, layout)
+        chosen = vision.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
+        gate = torch.ones(columns.shape, dtype=x.dtype, device=x.device)
+        gate = gate.slice_scatter(
+            gates.gather(1, kept).to(x.dtype), 1, layout.text, layout.text + kept.shape[1]
+        )[..., None]
+        small = mask.without(
+            layout.vision - kept.shape[1], None if mask.valid is None else mask.valid.gather(1, columns)
+        )
+        y = torch.cat([text, chosen, rest], dim=1)
+        y = self._gated_layer(layer, y, gate, small, _gather_rotary(rotary, columns))
+
+        text, chosen, rest = y.split([layout.text, kept.shape[1], rest.shape[1]], 1)
+        vision = vision.scatter(1, kept[..., None].expand_as(chosen), chosen)
+        return torch.cat([text, vision, rest], dim=1), kept
+
+    @staticmethod
+    def _gated_layer(layer: nn.Module, x: Tensor, gate: Tensor, mask: CoupledMask, rotary: Rotary) -> Tensor:
+        """A decoder layer whose tokens enter attention, and leave the MLP, scaled by `gate` (B, S, 1).
+
+        The paper's Eq. 15 gates the whole block, its released code the MLP alone. Gating what a token
+        brings into attention as well is what carries a gradient to the last layer's router: nobody reads
+        a vision token's MLP output there. The gate is 1 for text, state and action.
+        """
+        attended, _ = layer.self_attn(
+            hidden_states=layer.input_layernorm(x) * gate, attention_mask=mask, position_embeddings=rotary
+        )
+        x = x + attended
+        return x + gate * layer.mlp(layer.post_attention_layernorm(x))
+
+
+def _columns(kept: Tensor, layout: Layout) -> Tensor:
+    """Positions in the full sequence of the tokens that a routed layer computes on, (B, S - V + k)."""
+    position = torch.arange(layout.length, device=kept.device).expand(len(kept), -1)
+    head, tail = position[:, : layout.text], position[:, layout.text + layout.vision :]
+    return torch.cat([head, kept + layout.text, tail], dim=1)
+
+
+def _gather_rotary(rotary: Rotary, columns: Tensor) -> Rotary:
+    """RoPE tables of the kept tokens, at their original positions (B, S', d_head).
+
+    The released code renumbers positions from 0 in every routed layer, so that a token's distance to the
+    action slots changes with what else was kept; original positions do not.
+    """
+    index = columns[..., None].expand(-1, -1, rotary[0].shape[-1])
+    return tuple(table.expand(len(columns), -1, -1).gather(1, index) for table in rotary)

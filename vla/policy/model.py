@@ -1,0 +1,98 @@
+"""The CogVLA network, assembled: text, vision, state and action slots through one routed decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vla.policy.action_decoders import action_decoder
+from vla.policy.backbones import build_decoder
+from vla.policy.decoder import Layout, RoutedDecoder
+from vla.policy.instruction import vocabulary_size
+from vla.policy.routing import masked_mean
+from vla.policy.vision import VisionTower
+
+#: Normalised states beyond this are clamped: an arm that strays outside the demonstrations should look
+#: unusual to the network, not infinite.
+STATE_LIMIT = 5.0
+#: The keyframe head predicts in units of this many metres, so that its loss is of the actions' size.
+KEYFRAME_UNIT = 0.1
+
+
+@dataclass
+class Prediction:
+    """`actions` (B, K, D), normalised; `keyframe` (B, 3) in metres relative to the end effector, or None."""
+
+    actions: Tensor
+    keyframe: Tensor | None
+
+
+class CogMergeModel(nn.Module):
+    """Predict an action chunk from images, state and instruction in one pass.
+
+    The sequence is ``[text | vision | state | action slots]``. Text comes first, unlike in the released
+    checkpoints (vision first), for two reasons. Vision tokens then attend to the instruction causally in
+    every layer, in place of meeting it through FiLM alone, which matters when nothing is pretrained. And
+    no text state depends on what the camera sees, so that text keys, values and every FiLM scale and shift
+    are constants of the instruction that a runtime may cache. The state follows vision so that it can
+    summarise both for the slots.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        dim = config.hidden_size
+        cameras = len(config.camera_keys)
+        self.vision = VisionTower(config, condition_dim=dim)
+        self.decoder = RoutedDecoder(
+            build_decoder(config, vocabulary_size(config.tokenizer)),
+            vision_tokens=cameras * config.aggregation_tokens,
+            floor=config.keep_floor,
+            dense_above=config.keep_dense_above,
+        )
+        self.state_projector = (
+            nn.Sequential(nn.Linear(config.state_dim, dim), nn.GELU(), nn.Linear(dim, dim))
+            if config.state_dim
+            else None
+        )
+        slots = config.chunk_size + bool(config.keyframe)
+        # As large as a normalised token: RMSNorm would hide a smaller scale from the layers but not from
+        # the residual stream.
+        self.slots = nn.Parameter(torch.randn(slots, dim) * 0.5)
+        self.action_decoder = action_decoder(config.action_decoder)(dim, config.action_dim)
+        self.keyframe_head = nn.Linear(dim, 3) if config.keyframe else None
+
+    def forward(
+        self,
+        images: Tensor,
+        state: Tensor | None,
+        tokens: Tensor,
+        token_valid: Tensor,
+        trace: dict | None = None,
+    ) -> Prediction:
+        """Predict from one observation per sample.
+
+        `images` (B, I, 3, S, S) float in [0, 1]; `state` (B, state_dim), normalised; `tokens` (B, T)
+        instruction ids, the first of them always real; `token_valid` (B, T) bool, False on padding.
+        `trace`, when a dict, collects router statistics (see `VisionTower` and `RoutedDecoder`).
+        """
+        text = self.decoder.embed(tokens)
+        vision = self.vision(images, masked_mean(text, token_valid), trace)
+        parts = [text, vision]
+        if self.state_projector is not None:
+            limited = state.clamp(-STATE_LIMIT, STATE_LIMIT)
+            parts.append(self.state_projector(limited)[:, None])
+        parts.append(self.slots.expand(len(text), -1, -1))
+        layout = Layout(text.shape[1], vision.shape[1], len(parts) - 3, self.slots.shape[0])
+        x = torch.cat([part.to(text.dtype) for part in parts], dim=1)
+        x = self.decoder(x, layout, token_valid, trace)
+        return self._read_slots(x[:, layout.prefix :])
+
+    def _read_slots(self, slots: Tensor) -> Prediction:
+        actions = self.action_decoder(slots[:, : self.config.chunk_size])
+        keyframe = None
+        if self.keyframe_head is not None:
+            keyframe = self.keyframe_head(slots[:, -1]).float() * KEYFRAME_UNIT
+        return Prediction(actions, keyframe)
