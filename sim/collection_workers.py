@@ -137,7 +137,7 @@ class WorkerPool:
     def _start(self, task: int, attempt: int) -> None:
         connection, theirs = self._context.Pipe()
         process = self._context.Process(target=_work, args=(self._order, task, theirs), daemon=True)
-        with _environment(OMP_NUM_THREADS="1", SVT_LOG="1"):
+        with _environment(OMP_NUM_THREADS="1", SVT_LOG="1", PYTHONWARNINGS="ignore::SyntaxWarning"):
             process.start()
         theirs.close()
         worker = _Worker(task, attempt, process, connection)
@@ -174,10 +174,15 @@ class WorkerPool:
         key = (worker.task, worker.attempt)
         self._deaths[key] += 1
         if self._deaths[key] > 1:
+            code = worker.process.exitcode
+            why = (
+                "killed, usually for lack of memory: try fewer --workers"
+                if code == -9
+                else f"exit code {code}"
+            )
             raise UserError(
-                f"Two workers died on task {worker.task}, attempt {worker.attempt} (exit code "
-                f"{worker.process.exitcode}; -9 is usually a lack of memory: try fewer --workers); what is "
-                "recorded is kept, go on with --resume."
+                f"Two workers died on task {worker.task}, attempt {worker.attempt} ({why}); "
+                "what is recorded is kept, go on with --resume."
             )
 
 

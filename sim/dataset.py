@@ -24,9 +24,9 @@ from lerobot.datasets.feature_utils import get_hf_features_from_features
 from lerobot.datasets.io_utils import write_info, write_stats
 from lerobot.datasets.video_utils import concatenate_video_files
 from safetensors.numpy import load_file
-from vla.sim.recording import ATTEMPT_FILE, FRAMES_FILE, PROVENANCE_FILE, SIMULATOR_FILE, VideoSettings
 
 from vla.contract import ACTION_KEY, IMAGE_PREFIX, STATE_KEY, Interface, Vector
+from vla.sim.recording import ATTEMPT_FILE, FRAMES_FILE, PROVENANCE_FILE, SIMULATOR_FILE, VideoSettings
 
 SIMULATOR_PATH = "simulator/episode_{:06d}.safetensors"
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}

@@ -22,14 +22,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+
+from vla.errors import UserError
 from vla.sim.demonstrators.demonstrator import demonstrate
 from vla.sim.demonstrators.style import Style
 from vla.sim.episode import Episode
 from vla.sim.simulation import LiberoSimulation, SimulationError
-
-from vla.errors import UserError
 
 ATTEMPT_FILE = "attempt.json"
 FRAMES_FILE = "frames.safetensors"
@@ -94,7 +94,7 @@ class Recording:
                     executed=file.get_tensor("executed"),
                     **about,
                 )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not a recorded simulator trajectory ({error}).") from error
 
     def save(self, path: Path) -> None:

@@ -79,7 +79,8 @@ class Interface:
     def from_dataset(cls, info: Mapping[str, Any], *, action_space: str | None = None) -> Interface:
         """Read the interface from a LeRobotDataset's ``meta/info.json``.
 
-        `action_space` overrides what the metadata says (datasets made elsewhere say nothing).
+        `action_space` overrides what the metadata says, in the action feature (where LeRobot's tools keep
+        it) or at top level; datasets made elsewhere say nothing.
         Raises `ContractError` when the dataset has no action or no camera.
         """
         features = info["features"]
@@ -98,7 +99,7 @@ class Interface:
             cameras=cameras,
             state=_vector(STATE_KEY, features[STATE_KEY]) if STATE_KEY in features else None,
             action=_vector(ACTION_KEY, features[ACTION_KEY]),
-            action_space=action_space or info.get("action_space"),
+            action_space=action_space or features[ACTION_KEY].get("action_space") or info.get("action_space"),
             control_rate=float(info["fps"]),
         )
 
