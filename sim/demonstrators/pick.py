@@ -1,0 +1,83 @@
+"""Pick up an object: line up, go in, close, lift."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .grasp import Grasp, choose, plan_grasps
+from .motion import CLOSE, OPEN, UP, Actions, Tolerance, funnel, reach, rotation_error, stay
+from .scene import Pose, Scene
+from .style import Manner
+
+TOPPLED = 0.2
+"""Radians by which an object may turn before its grasp is planned anew."""
+
+
+def holding(scene: Scene, name: str) -> bool:
+    """Return whether both fingers touch the entity."""
+    bodies = set(scene.bodies(name))
+    touched = set()
+    for contact in scene.data.contact[: scene.data.ncon]:
+        pair = [scene.model.geom_bodyid[g] for g in contact.geom]
+        for one, other in (pair, pair[::-1]):
+            if one in bodies:
+                touched |= {side for side in (1, 2) if other in scene.finger_bodies(side)}
+    return touched == {1, 2}
+
+
+def close_gripper(scene: Scene, target: Pose, manner: Manner, most: int = 12) -> Actions:
+    """Close until the fingers stop moving."""
+    previous = np.inf
+    for step in range(most):
+        width = scene.gripper_width
+        if step > 3 and previous - width < 3e-4:
+            return
+        previous = width
+        yield from stay(scene, lambda: target, CLOSE, manner.limits, 1)
+
+
+def pick(
+    scene: Scene,
+    name: str,
+    manner: Manner,
+    rng: np.random.Generator,
+    destination: np.ndarray | None = None,
+) -> Actions:
+    """Grasp the entity `name` and lift it clear; the caller checks `holding` and may try again.
+
+    `destination` (3,) is where its origin will go. Raises `GraspError` when no grasp is feasible.
+    """
+    grasp = choose(plan_grasps(scene, name, destination=destination), manner.grasp_spread, rng)
+    yield from take(scene, name, grasp, manner)
+
+
+def take(scene: Scene, name: str, grasp: Grasp, manner: Manner, lift: float = 0.03) -> Actions:
+    """Execute one grasp of the entity `name`."""
+    planned = scene.pose(name).rotation
+
+    def toppled() -> bool:
+        return float(np.linalg.norm(rotation_error(scene.pose(name).rotation, planned))) > TOPPLED
+
+    def entry() -> Pose:
+        target = grasp.hand(scene.pose(name))
+        return funnel(scene.hand, target, target.rotation[:, 2], manner.approach_height)
+
+    yield from open_gripper(scene, manner)
+    yield from reach(scene, entry, OPEN, manner.limits, until=toppled, tolerance=Tolerance(0.006, 0.08))
+    if toppled():
+        return
+    yield from close_gripper(scene, grasp.hand(scene.pose(name)), manner)
+    raised = scene.hand
+    raised = Pose(raised.position + lift * UP, raised.rotation)
+    yield from reach(
+        scene, lambda: raised, CLOSE, manner.limits, tolerance=Tolerance(0.012, 0.2), patience=20
+    )
+
+
+def open_gripper(scene: Scene, manner: Manner, width: float = 0.07) -> Actions:
+    """Open in place until the fingers are at least `width` apart."""
+    here = scene.hand
+    for _ in range(10):
+        if scene.gripper_width > width:
+            return
+        yield from stay(scene, lambda: here, OPEN, manner.limits, 1)

@@ -1,0 +1,149 @@
+"""Put a held object down on an entity, on a region or in a container."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .hand import hand_meets
+from .motion import CLOSE, OPEN, Actions, Limits, Tolerance, reach, reach_tilt, servo, stay
+from .pick import holding
+from .scene import Pose, Scene
+from .style import Manner
+
+CELL = 0.006
+"""Resolution of height maps, metres."""
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Where the object's origin (3,) is released, at what height it will `rest`, how the hand is turned."""
+
+    origin: np.ndarray
+    rest: float
+    facing: np.ndarray
+
+
+class HeightMap:
+    """Highest obstacle over a square patch of ground, from surface samples (n, 3)."""
+
+    def __init__(self, points: np.ndarray, centre: np.ndarray, half: float) -> None:
+        self._corner = centre[:2] - half
+        self._size = int(np.ceil(2 * half / CELL)) + 1
+        self._top = np.full((self._size, self._size), -np.inf)
+        cells = self._cells(points)
+        inside = np.all((cells >= 0) & (cells < self._size), axis=1)
+        np.maximum.at(self._top, tuple(cells[inside].T), points[inside, 2])
+
+    def _cells(self, points: np.ndarray) -> np.ndarray:
+        return np.floor((points[:, :2] - self._corner) / CELL).astype(int)
+
+    def rest(self, shape: np.ndarray, shift: np.ndarray) -> float:
+        """Return how high a shape (n, 3), moved by `shift` (2,), sinks: the z shift at first contact."""
+        cells = self._cells(shape[:, :2] + shift).clip(0, self._size - 1)
+        return float(np.max(self._top[tuple(cells.T)] - shape[:, 2]))
+
+
+def plan_drop(scene: Scene, name: str, predicate: str, target: str, manner: Manner) -> Drop:
+    """Return where to release the held entity `name` so that ``predicate(name, target)`` becomes true."""
+    obstacles = scene.obstacles(name).points
+    origin = scene.pose(name).position
+    centre, half = destination(scene, predicate, target)
+    ground = HeightMap(obstacles, centre, 0.25)
+    hand = scene.hand
+    goal = hand.position + centre - origin
+    lean = reach_tilt(scene.base, goal) @ reach_tilt(scene.base, hand.position).T
+    held = Pose(origin - lean @ origin, lean)  # turns everything in the hand about the object's origin
+    shape, turned_hand = held.apply(scene.cloud(name).points), held @ hand
+    local = obstacles[np.linalg.norm(obstacles[:, :2] - centre[:2], axis=1) < 0.3]
+    best, best_cost = None, np.inf
+    for offset in _offsets(half):
+        shift = centre[:2] + offset + manner.waypoint_offset - origin[:2]
+        rise = ground.rest(shape, shift)
+        free = _free_height(turned_hand, scene.gripper_width / 2, local, shift, rise)
+        cost = np.linalg.norm(offset) + 0.5 * (free - rise) + 0.3 * max(0.0, rise + origin[2] - centre[2])
+        if cost < best_cost:
+            best, best_cost = (
+                Drop(origin + np.append(shift, free), rise + origin[2], turned_hand.rotation),
+                cost,
+            )
+    return best
+
+
+def destination(scene: Scene, predicate: str, target: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the object's origin belongs: centre (3,) and the free half size (2,) around it."""
+    if not scene.is_region(target):
+        return scene.pose(target).position, np.zeros(2)
+    region = scene.region(target)
+    extent = region.extent() if predicate == "in" else region.half
+    return region.pose.position, np.maximum(0.0, extent[:2] - 0.03)
+
+
+def _offsets(half: np.ndarray, step: float = 0.015) -> np.ndarray:
+    """Return a grid (n, 2) of offsets within a rectangle, nearest to its centre first."""
+    axes = [step * np.arange(-np.floor(h / step), np.floor(h / step) + 1) for h in half]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
+    return grid[np.argsort(np.linalg.norm(grid, axis=1), kind="stable")]
+
+
+def _free_height(hand: Pose, opening: float, obstacles: np.ndarray, shift: np.ndarray, rise: float) -> float:
+    """Return the lowest z shift, at least `rise` plus a little air, at which the hand fits."""
+    for height in np.arange(rise + 0.006, rise + 0.3, 0.01):
+        moved = Pose(hand.position + np.append(shift, height), hand.rotation)
+        if not hand_meets(obstacles, moved, opening):
+            return float(height)
+    return rise + 0.3
+
+
+def carry_height(scene: Scene, name: str, goal: np.ndarray, clearance: float) -> float:
+    """Return the hand height at which the held entity clears everything on its straight way to `goal`."""
+    obstacles, shape = scene.obstacles(name).points, scene.cloud(name).points
+    start = scene.pose(name).position
+    radius = np.linalg.norm(shape[:, :2] - start[:2], axis=1).max() + 0.02
+    way = goal[:2] - start[:2]
+    along = ((obstacles[:, :2] - start[:2]) @ way / max(way @ way, 1e-9)).clip(0, 1)
+    aside = np.linalg.norm(obstacles[:, :2] - start[:2] - along[:, None] * way, axis=1)
+    highest = obstacles[aside < radius, 2].max(initial=-np.inf)
+    hang = scene.hand.position[2] - shape[:, 2].min()
+    return float(highest + clearance + hang)
+
+
+def carry_action(scene: Scene, name: str, drop: Drop, height: float, limits: Limits) -> np.ndarray:
+    """Return the action that brings the held entity's origin towards the drop, over `height`.
+
+    Rises first, travels once nearly high enough, and comes down in a steep cone around the drop point.
+    """
+    hand, origin = scene.hand, scene.pose(name).position
+    error = drop.origin - origin
+    away = float(np.linalg.norm(error[:2]))
+    low = hand.position[2] + error[2]
+    goal_z = low + min(max(height - low, 0.0), 5.0 * max(0.0, away - 0.012))
+    risen = np.clip((hand.position[2] - goal_z + 0.05) / 0.03, 0.0, 1.0)
+    goal = np.array([*(hand.position[:2] + risen * error[:2]), goal_z])
+    return servo(hand, Pose(goal, drop.facing), CLOSE, limits)
+
+
+def place(scene: Scene, name: str, predicate: str, target: str, manner: Manner) -> Actions:
+    """Carry the held entity to where ``predicate(name, target)`` holds, release it and draw back.
+
+    Ends early when the object is lost.
+    """
+    drop = plan_drop(scene, name, predicate, target, manner)
+    height = carry_height(scene, name, drop.origin, manner.carry_clearance)
+    for _ in range(160):
+        if not holding(scene, name):
+            return
+        error = drop.origin - scene.pose(name).position
+        if np.linalg.norm(error[:2]) < 0.012 and abs(error[2]) < 0.008:
+            break
+        yield carry_action(scene, name, drop, height, manner.limits)
+    yield from release(scene, manner)
+
+
+def release(scene: Scene, manner: Manner, back: float = 0.08) -> Actions:
+    """Open the gripper and draw the hand back along its own axis."""
+    here = scene.hand
+    yield from stay(scene, lambda: here, OPEN, manner.limits, 5)
+    away = Pose(here.position - back * here.rotation[:, 2], here.rotation)
+    yield from reach(scene, lambda: away, OPEN, manner.limits, tolerance=Tolerance(0.02, 0.3), patience=20)
