@@ -1,0 +1,171 @@
+"""`TrainConfig` and what `--resume` and `--overwrite` mean for it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from vla.errors import UserError
+from vla.training.augmentation import AugmentationConfig
+
+RECORD_FILE = "train.json"
+#: Fields that may differ between a run and its continuation: they do not change what is learned until
+#: the step at which the run stopped.
+_FREE_ON_RESUME = frozenset(
+    {"resume", "overwrite", "steps", "max_minutes", "checkpoint_every", "log_every", "eval_every"}
+    | {"num_threads", "logger", "cache_dir", "frame_cache", "out"}
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train, on what, for how long. Defaults are the recipe of the nano preset."""
+
+    out: Path
+    """Folder of the run: checkpoints/, metrics.jsonl, curves.png, train.json."""
+    dataset: tuple[Path, ...] = ()
+    """One or several folders with a LeRobotDataset v3. Not needed with --resume."""
+    dataset_weights: tuple[float, ...] = ()
+    """Share of every dataset in the training samples; by default every frame counts the same."""
+    action_space: str | None = None
+    """What the actions mean, for datasets that do not say: osc_pose_delta or joint_position."""
+    control_rate: float | None = None
+    """Control rate in Hz, if the dataset's fps is not it."""
+    preset: str = "nano"
+    """Size of the policy."""
+    policy: tuple[str, ...] = ()
+    """Fields of the policy's configuration that differ from the preset: chunk_size=16 hidden_size=192."""
+    init_from: Path | None = None
+    """Checkpoint whose weights, sizes and normalisation to start from; its contract must fit the dataset."""
+    resume: bool = False
+    """Continue the run in --out from its last checkpoint, sample for sample."""
+    overwrite: bool = False
+    """Delete the run in --out first."""
+    steps: int = 8000
+    """Optimizer steps."""
+    max_minutes: float | None = None
+    """Stop early at a step boundary; the learning rate still follows --steps."""
+    schedule_steps: int | None = None
+    """Length of the learning rate schedule if it is not --steps."""
+    batch_size: int = 64
+    """Samples per step and process."""
+    lr: float | None = None
+    """Peak learning rate; by default the policy's."""
+    grad_clip: float | None = None
+    """Largest norm of the gradient; by default the policy's."""
+    ema_decay: float = 0.999
+    """Decay of the average of the weights that is evaluated and saved; 0 saves the raw weights."""
+    augment: bool = True
+    """Random shift and colour jitter of the training images."""
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    held_out: float = 0.04
+    """Fraction of every task's episodes kept out of training for the held-out loss."""
+    held_out_samples: int = 512
+    """Frames of those episodes on which it is computed."""
+    seed: int = 0
+    """Every random choice follows from it."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Of the forward pass; auto measures both once."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last step always has one."""
+    log_every: int = 50
+    """Steps between rows of metrics.jsonl."""
+    eval_every: int = 500
+    """Steps between held-out losses."""
+    num_threads: int | None = None
+    """Threads of torch; by default torch's own choice."""
+    device: str | None = None
+    """cpu or cuda; by default a GPU where there is one."""
+    cache_dir: Path | None = None
+    """Where frame caches are kept; by default in the dataset's folder .cache."""
+    frame_cache: bool = True
+    """Without it, every frame is decoded whenever it is drawn: slow, but needs no disk."""
+    logger: Literal["none", "trackio", "wandb"] = "none"
+    """Experiment tracker beside metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "eval_every"):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1."
+                )
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"--ema-decay is {self.ema_decay}; it must lie in [0, 1).")
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"--held-out is {self.held_out}; it must lie in [0, 1).")
+        if self.dataset_weights and len(self.dataset_weights) != len(self.dataset):
+            raise UserError(
+                f"--dataset-weights has {len(self.dataset_weights)} entries for {len(self.dataset)} datasets."
+            )
+        if any(weight <= 0 for weight in self.dataset_weights):
+            raise UserError("Every entry of --dataset-weights must be positive; leave a dataset out instead.")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the configuration as JSON-ready data."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
+
+def open_run(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None]:
+    """Prepare the folder of the run and settle what is trained.
+
+    Returns the configuration to use and, with ``resume``, the record of the run. A field left at its
+    default continues as recorded. Raises `UserError` when the folder holds something else, or when
+    options contradict the run that is resumed.
+    """
+    if config.resume and config.overwrite:
+        raise UserError("--resume continues the run in --out and --overwrite deletes it; choose one.")
+    if config.resume:
+        record = _read_record(config.out)
+        return _continue(config, record), record
+    if not config.dataset:
+        raise UserError("Nothing to train on: give a dataset with --dataset DIR (`vla collect` makes one).")
+    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        if not config.overwrite:
+            raise UserError(f"{config.out} exists; continue it with --resume or replace it with --overwrite.")
+        if not (config.out / RECORD_FILE).exists():
+            raise UserError(f"{config.out} is not a training run, so --overwrite does not delete it.")
+        shutil.rmtree(config.out)
+    return config, None
+
+
+def _read_record(out: Path) -> dict[str, Any]:
+    try:
+        return json.loads((out / RECORD_FILE).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"There is no training run in {out} to resume (no {RECORD_FILE}).") from None
+    except ValueError as error:
+        raise UserError(
+            f"{out / RECORD_FILE} is not valid JSON ({error}); the run cannot be resumed."
+        ) from None
+
+
+def _continue(config: TrainConfig, record: dict[str, Any]) -> TrainConfig:
+    recorded = _from_json(record["config"])
+    merged = {}
+    for entry in fields(TrainConfig):
+        default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
+        given, before = getattr(config, entry.name), getattr(recorded, entry.name)
+        if entry.name not in _FREE_ON_RESUME and given != default and given != before:
+            option = f"--{entry.name.replace('_', '-')}"
+            raise UserError(
+                f"The run in {config.out} was started with {option} {before}, not {given}; "
+                "leave the option out to resume it, or start a new run."
+            )
+        merged[entry.name] = before if given == default else given
+    # Raising --steps must not stretch a schedule that has already been followed.
+    schedule = recorded.schedule_steps or recorded.steps
+    return replace(recorded, **merged | {"resume": True, "schedule_steps": schedule})
+
+
+def _from_json(content: dict[str, Any]) -> TrainConfig:
+    content = dict(content)
+    for name in ("out", "init_from", "cache_dir"):
+        content[name] = content[name] and Path(content[name])
+    content["dataset"] = tuple(map(Path, content["dataset"]))
+    for name in ("dataset_weights", "policy"):
+        content[name] = tuple(content[name])
+    content["augmentation"] = AugmentationConfig(**content["augmentation"])
+    return TrainConfig(**content)

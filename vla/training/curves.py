@@ -1,0 +1,73 @@
+"""The picture of a run: training and held-out loss, and success where it has been evaluated."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from vla.training.metrics import METRICS_FILE, Row, read_metrics
+
+CURVES_FILE = "curves.png"
+
+
+def draw_curves(out: Path) -> Path:
+    """Draw ``curves.png`` of the run in `out` from its metrics and evaluations; return its path."""
+    rows = read_metrics(out / METRICS_FILE)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for kind, label, style in (("train", "training", "-"), ("held_out", "held out (averaged weights)", "o-")):
+        chosen = [row for row in rows if row["kind"] == kind]
+        if chosen:
+            axes.plot(*_columns(chosen, "loss"), style, label=label, markersize=3, linewidth=1.2)
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title=out.resolve().name)
+    axes.grid(alpha=0.3, which="both")
+    _draw_success(axes, success_points(out))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper right")
+    path = out / CURVES_FILE
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=120)
+    os.replace(temporary, path)
+    return path
+
+
+def success_points(out: Path) -> list[tuple[int, float, float, float]]:
+    """Return ``(step, rate, low, high)`` of every evaluation of this run's checkpoints kept inside `out`.
+
+    An evaluation is a ``summary.json`` as `vla eval` writes it, with a total, its interval and the path of
+    the checkpoint; summaries of anything else are passed over.
+    """
+    points = []
+    for path in sorted(out.glob("**/summary.json")):
+        summary = json.loads(path.read_text())
+        step = _checkpoint_step(summary.get("checkpoint", {}))
+        total = summary.get("total", {})
+        if step is not None and total.get("episodes"):
+            low, high = total["interval"]
+            points.append((step, total["successes"] / total["episodes"], low, high))
+    return sorted(points)
+
+
+def _draw_success(axes, points: list[tuple[int, float, float, float]]) -> None:
+    if not points:
+        return
+    right = axes.twinx()
+    steps, rates, low, high = zip(*points, strict=True)
+    errors = [
+        [r - a for r, a in zip(rates, low, strict=True)],
+        [b - r for r, b in zip(rates, high, strict=True)],
+    ]
+    right.errorbar(steps, rates, yerr=errors, fmt="s", color="tab:green", capsize=3)
+    right.set(ylabel="success (95 % interval)", ylim=(0, 1))
+    right.yaxis.label.set_color("tab:green")
+
+
+def _columns(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
+    return [row["step"] for row in rows], [row[name] for row in rows]
+
+
+def _checkpoint_step(checkpoint: dict) -> int | None:
+    return checkpoint.get("step") if isinstance(checkpoint, dict) else None

@@ -1,0 +1,258 @@
+"""`vla train`: a thin loop on accelerate, for one process on CPU or GPU and for `accelerate launch`."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vla.errors import UserError
+from vla.training.batches import BatchSource
+from vla.training.checkpoints import last_checkpoint, remove_partial
+from vla.training.config import RECORD_FILE, TrainConfig, open_run
+from vla.training.curves import CURVES_FILE, draw_curves
+from vla.training.dataset import Demonstrations, open_demonstrations, require_same_interface
+from vla.training.frame_cache import FrameCache, LiveFrames, open_frame_cache
+from vla.training.interruption import Interruption
+from vla.training.metrics import MetricsLog, Window
+from vla.training.policy_setup import start_policy
+from vla.training.precision import time_precisions
+from vla.training.trainer import Batch, Trainer
+
+__all__ = ["TrainConfig", "train"]
+
+_console = Console(stderr=True)
+
+
+def train(config: TrainConfig) -> None:
+    """Train a policy as `config` says.
+
+    Writes ``checkpoints/`` in LeRobot's layout, ``metrics.jsonl``, ``curves.png`` and ``train.json`` into
+    ``config.out``. Raises `UserError` for bad input and `KeyboardInterrupt` after SIGINT or SIGTERM, once
+    the checkpoint of the current step is written.
+    """
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    accelerator = _accelerator(config)
+    config, record = _on_main_first(accelerator, lambda: open_run(config))
+    trainer, metrics = _set_up(config, record, accelerator)
+    with Interruption() as interruption:
+        try:
+            interrupted = _run(trainer, metrics, interruption)
+        finally:
+            metrics.close()
+    if interrupted:
+        raise KeyboardInterrupt
+    accelerator.end_training()
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    return Accelerator(
+        cpu=config.device == "cpu" or not torch.cuda.is_available(),
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def _on_main_first(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
+    """Run `function` on the main process and hand its result, or its error, to all processes."""
+    result: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            result = [function()]
+        except (UserError, OSError) as error:
+            result = [error]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(result)
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]
+
+
+def _set_up(config: TrainConfig, record: dict | None, accelerator: Accelerator) -> tuple[Trainer, MetricsLog]:
+    datasets = [
+        open_demonstrations(root, action_space=config.action_space, control_rate=config.control_rate)
+        for root in config.dataset
+    ]
+    require_same_interface(datasets)
+    if record is not None:
+        _require_same_data(record, datasets)
+    checkpoint = last_checkpoint(config.out) if record is not None else None
+    start = start_policy(config, datasets, accelerator.device.type, resume_from=checkpoint)
+    source = BatchSource(
+        datasets,
+        _frames(config, datasets, start.policy.config.image_size, accelerator),
+        start.policy.config.action_delta_indices,
+    )
+    trainer = Trainer(config, datasets, source, start, accelerator)
+    if record is None:
+        record = _on_main_first(accelerator, lambda: _new_record(trainer))
+    trainer.precision = record["precision"]
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    metrics = MetricsLog(
+        config.out,
+        trainer.step,
+        tracker=config.logger,
+        run_id=record["run_id"],
+        config=record["config"],
+        enabled=accelerator.is_main_process,
+    )
+    if accelerator.is_main_process:
+        remove_partial(config.out)
+        _introduce(trainer)
+    return trainer, metrics
+
+
+def _frames(
+    config: TrainConfig, datasets: list[Demonstrations], size: int, accelerator: Accelerator
+) -> list[FrameCache] | list[LiveFrames]:
+    if not config.frame_cache:
+        return [LiveFrames(dataset, size) for dataset in datasets]
+    folder = config.cache_dir
+
+    def build() -> None:
+        for dataset in datasets:
+            open_frame_cache(dataset, size, folder=folder)
+
+    _on_main_first(accelerator, build)
+    return [open_frame_cache(dataset, size, folder=folder, quiet=True) for dataset in datasets]
+
+
+def _new_record(trainer: Trainer) -> dict[str, Any]:
+    """Decide what is decided once per run, and write it to ``train.json``."""
+    config = trainer.config
+    config.out.mkdir(parents=True, exist_ok=True)
+    precision, seconds = config.precision, None
+    if precision == "auto":
+        batch = trainer.preprocess(trainer.batch(0))
+        seconds = time_precisions(
+            lambda: trainer.policy(batch)[0], trainer.policy, trainer.accelerator.device
+        )
+        precision = min(seconds, key=seconds.get)
+    record = {
+        "config": config.to_json(),
+        "precision": precision,
+        "precision_seconds": seconds,
+        "dataset_hash": [dataset.hash for dataset in trainer.datasets],
+        "run_id": uuid.uuid4().hex,
+    }
+    temporary = config.out / f"{RECORD_FILE}.tmp"
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(temporary, config.out / RECORD_FILE)
+    return record
+
+
+def _require_same_data(record: dict[str, Any], datasets: list[Demonstrations]) -> None:
+    for dataset, before in zip(datasets, record["dataset_hash"], strict=True):
+        if dataset.hash != before:
+            raise UserError(
+                f"The dataset at {dataset.root} has changed since the run began, which cannot be resumed "
+                "sample for sample; start a new one with --init-from."
+            )
+
+
+def _introduce(trainer: Trainer) -> None:
+    parameters = sum(parameter.numel() for parameter in trainer.policy.parameters())
+    tasks = len({text for dataset in trainer.datasets for text in dataset.instructions})
+    _console.print(
+        f"{parameters / 1e6:.2f} M parameters, {len(trainer.source)} frames of {tasks} tasks, "
+        f"{trainer.samples_per_step} samples per step, {trainer.precision}, "
+        f"{torch.get_num_threads()} threads, from step {trainer.step}",
+        highlight=False,
+    )
+
+
+def _run(trainer: Trainer, metrics: MetricsLog, interruption: Interruption) -> bool:
+    """Train to the last step, the time limit or a signal; return whether it was a signal."""
+    config, main = trainer.config, trainer.accelerator.is_main_process
+    deadline = time.monotonic() + 60 * (config.max_minutes or float("inf"))
+    window = Window(trainer.samples_per_step)
+    with _progress(trainer) as show:
+        for batch in _batches(trainer):
+            data_seconds = window.lap()
+            values = trainer.update(trainer.preprocess(batch))
+            window.add(values | {"data_seconds": data_seconds, "update_seconds": window.lap()})
+            timeout, interrupted = _agree(trainer, time.monotonic() > deadline, interruption.requested)
+            last = timeout or interrupted or trainer.step == config.steps
+            if last or trainer.step % config.log_every == 0:
+                row = window.close()
+                metrics.write("train", trainer.step, **row)
+                show(row)
+            if trainer.has_held_out and not interrupted and (last or trainer.step % config.eval_every == 0):
+                metrics.write("held_out", trainer.step, **trainer.held_out_loss())
+            if last or trainer.step % config.checkpoint_every == 0:
+                trainer.save()
+                if main:
+                    draw_curves(config.out)
+            window.lap()  # neither evaluation nor saving counts as training time
+            if last:
+                break
+    if main:
+        _conclude(trainer, metrics)
+    return interrupted
+
+
+def _agree(trainer: Trainer, *flags: bool) -> tuple[bool, ...]:
+    """Whether any process raised each flag: all must stop at the same step."""
+    if trainer.accelerator.num_processes == 1:
+        return flags
+    raised = torch.tensor([float(flag) for flag in flags], device=trainer.accelerator.device)
+    return tuple(count > 0 for count in trainer.accelerator.reduce(raised, "sum").tolist())
+
+
+def _batches(trainer: Trainer) -> Iterator[Batch]:
+    """The batches of the remaining steps; assembled one ahead in a thread when the model is on a GPU.
+
+    On a CPU a thread would only compete for the cores of the forward pass.
+    """
+    steps = range(trainer.step, trainer.config.steps)
+    if trainer.accelerator.device.type == "cpu":
+        yield from map(trainer.batch, steps)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(trainer.batch, trainer.step)
+        for step in steps:
+            batch = ahead.result()
+            ahead = pool.submit(trainer.batch, step + 1)
+            yield batch
+
+
+@contextmanager
+def _progress(trainer: Trainer) -> Iterator[Callable[[dict[str, float]], None]]:
+    """A progress bar that shows loss, samples per second and the time to go."""
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.0f} samples/s"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=_console, disable=not trainer.accelerator.is_main_process) as progress:
+        bar = progress.add_task(
+            "", total=trainer.config.steps, completed=trainer.step, loss=float("nan"), rate=0.0
+        )
+        yield lambda row: progress.update(
+            bar, completed=trainer.step, loss=row["loss"], rate=row["samples_per_second"]
+        )
+
+
+def _conclude(trainer: Trainer, metrics: MetricsLog) -> None:
+    out = trainer.config.out
+    _console.print(
+        f"step {trainer.step}: checkpoint {last_checkpoint(out)}, metrics {metrics.path}, "
+        f"curves {out / CURVES_FILE}",
+        highlight=False,
+        soft_wrap=True,
+    )

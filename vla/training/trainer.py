@@ -1,0 +1,263 @@
+"""One run of training: everything that one step, one held-out loss and one checkpoint need.
+
+Every random choice of step `s` follows from ``(seed, s, rank)``: the sample order, the augmentation and
+torch's own generator are set anew for each step. A resumed run is therefore the same run, bit for bit,
+without random states to carry along.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from lerobot.common.train_utils import (
+    load_training_num_processes,
+    load_training_state,
+    save_training_state,
+)
+from lerobot.utils.constants import PRETRAINED_MODEL_DIR, TRAINING_STATE_DIR
+from safetensors.torch import load_model, save_file, save_model
+from torch import Tensor
+
+from vla.errors import UserError
+from vla.policy.checkpoint import LoadedPolicy, checkpoint_hash, save_checkpoint
+from vla.policy.manifest import describe_build
+from vla.training.batches import KEYFRAME_KEY, BatchSource
+from vla.training.checkpoints import write_checkpoint
+from vla.training.config import TrainConfig
+from vla.training.dataset import Demonstrations
+from vla.training.ema import average_model
+from vla.training.precision import FLOAT32, autocast
+from vla.training.sampler import EpochSampler, held_out_episodes
+
+RAW_WEIGHTS_FILE = "raw_model.safetensors"
+NAN_DUMP_FILE = "nan_batch.safetensors"
+
+Batch = dict[str, Any]
+
+
+class Trainer:
+    """The state of a run and the verbs on it: `batch`, `update`, `held_out_loss`, `save`, `restore`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        datasets: Sequence[Demonstrations],
+        source: BatchSource,
+        start: LoadedPolicy,
+        accelerator: Accelerator,
+        precision: str = FLOAT32,
+    ):
+        self.config, self.datasets, self.source = config, datasets, source
+        self.start, self.policy, self.accelerator = start, start.policy, accelerator
+        self.precision = precision
+        self.step = 0
+        train, self._held_out = split_frames(config, datasets)
+        self.sampler = EpochSampler(train, config.seed, config.dataset_weights or None)
+        optimizer, self.scheduler, self.grad_clip = _optimization(config, self.policy)
+        self.model, self.optimizer = accelerator.prepare(self.policy, optimizer)
+        self.ema = average_model(self.policy, config.ema_decay) if config.ema_decay else None
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples per step over all processes."""
+        return self.config.batch_size * self.accelerator.num_processes
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether any episode is held out."""
+        return len(self._held_out) >= self.accelerator.num_processes  # else a process would have no share
+
+    def batch(self, step: int) -> Batch:
+        """Assemble this process's part of the batch of `step`; a pure function of it."""
+        rank, size = self.accelerator.process_index, self.config.batch_size
+        frames = self.sampler.take(step * self.samples_per_step + rank * size, size)
+        generator = torch.Generator().manual_seed(_seed(self.config.seed, step, rank, 1))
+        return self.source.batch(frames, self.config.augmentation if self.config.augment else None, generator)
+
+    def preprocess(self, batch: Batch) -> Batch:
+        """Run the policy's preprocessor, which knows nothing of the keyframe target."""
+        targets = {key: value for key, value in batch.items() if key.startswith(KEYFRAME_KEY)}
+        device = self.accelerator.device
+        return self.start.preprocessor(batch) | {key: value.to(device) for key, value in targets.items()}
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """Forward pass of a preprocessed batch: the loss and its parts."""
+        with autocast(self.precision, self.accelerator.device):
+            return self.model(batch)
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """Take one optimizer step on a preprocessed batch; return the loss, its parts, gradient norm, lr.
+
+        Raises `UserError` when the loss is not finite, before it can reach the weights.
+        """
+        self.model.train()
+        torch.manual_seed(_seed(self.config.seed, self.step, self.accelerator.process_index, 2))
+        loss, parts = self.loss(batch)
+        value = loss.item()
+        if not np.isfinite(value):
+            self._stop_on_nan(batch, value)
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.grad_clip).item()
+        if not np.isfinite(norm):
+            self._stop_on_nan(batch, norm)
+        lr = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update_parameters(self.policy)
+        self.step += 1
+        return {"loss": value, **parts, "grad_norm": norm, "lr": lr}
+
+    @torch.no_grad()
+    def held_out_loss(self) -> dict[str, float]:
+        """Mean loss and parts over fixed frames of held-out episodes, without augmentation.
+
+        Of the averaged weights, the ones that are saved. Every process takes its share of the frames.
+        """
+        model = (self.ema.module if self.ema is not None else self.policy).eval()
+        mine = self._held_out[self.accelerator.process_index :: self.accelerator.num_processes]
+        total: dict[str, float] = {}
+        for frames in np.array_split(mine, -(-len(mine) // self.config.batch_size)):
+            with autocast(self.precision, self.accelerator.device):
+                loss, parts = model(self.preprocess(self.source.batch(frames)))
+            for name, value in {"loss": loss.item(), **parts}.items():
+                total[name] = total.get(name, 0.0) + value * len(frames)
+        return {name: value / len(self._held_out) for name, value in self._sum(total).items()}
+
+    def save(self) -> Path | None:
+        """Write the checkpoint of the current step (main process only) and return its path."""
+        path = None
+        if self.accelerator.is_main_process:
+            path = write_checkpoint(self.config.out, self.step, self.config.steps, self._write)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continue from `checkpoint`: weights, average, optimizer and schedule.
+
+        The policy given to the constructor already has the saved (averaged) weights.
+        """
+        try:
+            self.step, _, _ = load_training_state(checkpoint, self.optimizer, self.scheduler)
+        except NotADirectoryError:
+            raise UserError(
+                f"{checkpoint} has no {TRAINING_STATE_DIR} folder; start a new run with --init-from."
+            ) from None
+        processes = load_training_num_processes(checkpoint)
+        if processes != self.accelerator.num_processes:
+            raise UserError(
+                f"{checkpoint} was written by {processes} processes, not {self.accelerator.num_processes}; "
+                "resume with as many, or start a new run with --init-from."
+            )
+        if self.ema is not None:
+            self.ema.n_averaged.fill_(self.step)
+            load_model(self.policy, checkpoint / TRAINING_STATE_DIR / RAW_WEIGHTS_FILE)
+
+    def _write(self, folder: Path) -> None:
+        shipped = self.ema.module if self.ema is not None else self.policy
+        save_checkpoint(
+            folder / PRETRAINED_MODEL_DIR,
+            shipped,
+            self.start.preprocessor,
+            self.start.postprocessor,
+            self.start.contract,
+            self._manifest(),
+        )
+        save_training_state(
+            folder,
+            self.step,
+            self.optimizer,
+            self.scheduler,
+            num_processes=self.accelerator.num_processes,
+            batch_size=self.config.batch_size,
+        )
+        if self.ema is not None:
+            save_model(self.policy, str(folder / TRAINING_STATE_DIR / RAW_WEIGHTS_FILE))
+
+    def _manifest(self) -> dict[str, Any]:
+        config = self.config
+        return describe_build(
+            self.policy,
+            seed=config.seed,
+            step=self.step,
+            dataset=[dataset.root.name for dataset in self.datasets],
+            dataset_hash=[dataset.hash for dataset in self.datasets],
+            samples=self.step * self.samples_per_step,
+            precision=self.precision,
+            init_from=str(config.init_from) if config.init_from else None,
+            init_from_hash=checkpoint_hash(config.init_from) if config.init_from else None,
+            train=config.to_json(),
+        )
+
+    def _stop_on_nan(self, batch: Batch, value: float) -> None:
+        path = self.config.out / NAN_DUMP_FILE
+        tensors = {key: item.contiguous() for key, item in batch.items() if isinstance(item, Tensor)}
+        save_file(tensors, path, metadata={"step": str(self.step), "value": str(value)})
+        raise UserError(
+            f"The loss or its gradient became {value} at step {self.step}; its batch is in {path}; lower --lr, "
+            "use --precision float32 or look for outliers in the dataset's actions and states."
+        )
+
+    def _sum(self, values: dict[str, float]) -> dict[str, float]:
+        """Add up over processes."""
+        if self.accelerator.num_processes == 1:
+            return values
+        stacked = torch.tensor(list(values.values()), device=self.accelerator.device)
+        return dict(zip(values, self.accelerator.reduce(stacked, "sum").tolist(), strict=True))
+
+
+def split_frames(
+    config: TrainConfig, datasets: Sequence[Demonstrations]
+) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Split all frames, numbered across datasets, by episode.
+
+    Returns the training frames per dataset and the frames of the held-out loss: ``held_out_samples`` drawn
+    once from the held-out episodes, sorted.
+    """
+    train, held_out, first = [], [], 0
+    for dataset in datasets:
+        episodes = held_out_episodes(dataset.episode, dataset.task, config.held_out, config.seed)
+        kept_out = np.isin(dataset.episode, episodes)
+        train.append(first + np.flatnonzero(~kept_out))
+        held_out.append(first + np.flatnonzero(kept_out))
+        first += len(dataset)
+    frames = np.concatenate(held_out)
+    if len(frames) > config.held_out_samples:
+        generator = np.random.default_rng(config.seed)
+        frames = np.sort(generator.choice(frames, config.held_out_samples, replace=False))
+    return tuple(train), frames
+
+
+def _optimization(config: TrainConfig, policy) -> tuple[torch.optim.Optimizer, Any, float]:
+    """AdamW and cosine schedule as `lerobot-train` builds them, the schedule spanning all our steps."""
+    preset = policy.config.get_optimizer_preset()
+    lr = config.lr if config.lr is not None else preset.lr
+    optimizer = torch.optim.AdamW(
+        policy.get_optim_params(),
+        lr=lr,
+        betas=preset.betas,
+        eps=preset.eps,
+        weight_decay=preset.weight_decay,
+        fused=True,
+    )
+    steps = config.schedule_steps or config.steps
+    schedule = policy.config.get_scheduler_preset()
+    schedule = dataclasses.replace(
+        schedule,
+        peak_lr=lr,
+        decay_lr=schedule.decay_lr * lr / preset.lr,
+        num_decay_steps=max(schedule.num_decay_steps, steps),
+    )
+    clip = config.grad_clip if config.grad_clip is not None else preset.grad_clip_norm
+    return optimizer, schedule.build(optimizer, steps), clip
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1, dtype=np.uint64)[0] >> 1)
