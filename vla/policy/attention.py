@@ -64,41 +64,55 @@ class CoupledMask:
         return CoupledMask(self.length - dropped, self.prefix - dropped, valid)
 
 
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Softmax attention: `q` (B, H, S, d), `k` and `v` (B, G, T, d) with G dividing H, to (B, H, S, d).
+
+    `visible` is a boolean mask that broadcasts to (B, H, S, T), or None. SDPA, except where its backward is
+    the bottleneck: in reduced precision on a CPU it costs five times as much as two plain matrix products
+    (measured with torch 2.11 at S = T = 80, d = 32: 93 ms against 18 ms), half of a whole training step.
+    """
+    grouped = k.shape[1] != q.shape[1]
+    reduced = q.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    if q.device.type != "cpu" or not reduced or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=grouped)
+    if grouped:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    logits = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
+    if visible is not None:
+        logits = logits.masked_fill(~visible, -torch.inf)
+    return logits.softmax(-1).to(v.dtype) @ v
+
+
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: CoupledMask, scale: float | None = None
 ) -> Tensor:
-    """Run coupled attention as one SDPA call with the dense mask.
+    """Run coupled attention as one call with the dense mask.
 
     `q` (B, H, S, d); `k`, `v` (B, G, S, d) with G dividing H. Returns (B, H, S, d).
     """
-    dense = mask.dense.to(q.device)
-    return F.scaled_dot_product_attention(q, k, v, dense, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
+    return attend(q, k, v, mask.dense.to(q.device), scale)
 
 
 def two_call_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: CoupledMask, scale: float | None = None
 ) -> Tensor:
-    """Run coupled attention as causal SDPA over the prefix plus unmasked SDPA for the action rows.
+    """Run coupled attention as one causal call over the prefix and one over all keys for the action rows.
 
     Exact, not an approximation. Without padding neither call needs a mask tensor, which is what flash
     kernels want. Shapes as in `masked_attention`.
     """
-    grouped = {"scale": scale, "enable_gqa": k.shape[1] != q.shape[1]}
     n = mask.prefix
+    observed = q[:, :, :n], k[:, :, :n], v[:, :, :n]
     if mask.valid is None:
-        prefix_mask, keys_mask = None, None
+        grouped = k.shape[1] != q.shape[1]
+        prefix = F.scaled_dot_product_attention(*observed, is_causal=True, scale=scale, enable_gqa=grouped)
+        action = attend(q[:, :, n:], k, v, None, scale)
     else:
-        prefix_mask, keys_mask = mask.dense[..., :n, :n], mask.valid[:, None, None, :]
-    parts = []
-    if n:
-        parts.append(
-            F.scaled_dot_product_attention(
-                q[:, :, :n], k[:, :, :n], v[:, :, :n], prefix_mask, is_causal=prefix_mask is None, **grouped
-            )
-        )
-    if n < mask.length:
-        parts.append(F.scaled_dot_product_attention(q[:, :, n:], k, v, keys_mask, **grouped))
-    return torch.cat(parts, dim=2)
+        prefix = attend(*observed, mask.dense[..., :n, :n], scale)
+        action = attend(q[:, :, n:], k, v, mask.valid[:, None, None, :], scale)
+    return torch.cat([prefix, action], dim=2)
 
 
 EXECUTIONS = {"coupled_mask": masked_attention, "coupled_two_call": two_call_attention}

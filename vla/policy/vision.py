@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vla.policy.attention import attend
 from vla.policy.routing import EncoderGate, Film
 
 
@@ -60,7 +61,7 @@ class VisionBlock(nn.Module):
         """Update the first `rows` tokens of `x` (N, T, d), or all, over all T as keys: (N, rows, d)."""
         queries, keys = self._project(x, rows)
         k, v = keys.chunk(2, dim=-1)
-        attended = F.scaled_dot_product_attention(queries, self._split(k), self._split(v))
+        attended = attend(queries, self._split(k), self._split(v))
         x = x[:, :rows] + self.out(attended.transpose(1, 2).flatten(2))
         x = self.film(x, condition)
         return x + self.mlp(self.norm2(x))
