@@ -1,0 +1,131 @@
+"""Where an evaluated policy comes from: the narrow waist between rollouts and whatever acts.
+
+A rollout needs a `Policy`; a worker process makes its own from a `PolicySource`, which travels to it.
+A checkpoint is one source; a policy server or a bank of experts is another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from vla.contract import PolicyContract
+from vla.errors import UserError
+from vla.policy.routing_report import RoutingReport
+
+if TYPE_CHECKING:
+    from vla.policy.checkpoint import LoadedPolicy
+
+SHIPPED_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "nano"
+
+
+class Policy(Protocol):
+    """Something that answers an observation with a chunk of actions."""
+
+    def reset(self, seed: int) -> None:
+        """Forget the last episode; draw whatever is random from `seed`."""
+
+    def act(self, images: Mapping[str, np.ndarray], state: np.ndarray, instruction: str) -> np.ndarray:
+        """Return actions (K, D) in the simulator's units.
+
+        `images` maps a camera name to (H, W, 3) uint8, `state` is float32.
+        """
+
+
+@runtime_checkable
+class RoutedPolicy(Policy, Protocol):
+    """A policy that can say what its routers did."""
+
+    def act_with_report(
+        self, images: Mapping[str, np.ndarray], state: np.ndarray, instruction: str
+    ) -> tuple[np.ndarray, RoutingReport]:
+        """Like `act`, with the decisions of the routers."""
+
+
+class PolicySource(Protocol):
+    """A picklable description from which every worker makes its own policy."""
+
+    label: str
+    hash: str
+
+    @property
+    def contract(self) -> PolicyContract:
+        """What the policy expects and promises; cheap, read before any worker starts."""
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """How the policy came to be; shown in the report."""
+
+    def load(self) -> Policy:
+        """Make the policy, single-threaded: one worker is one core."""
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """A checkpoint folder, held to the content it had when the evaluation was planned."""
+
+    path: Path
+    label: str
+    hash: str
+
+    @classmethod
+    def open(cls, path: Path) -> CheckpointSource:
+        """Resolve and hash a checkpoint folder; raise `UserError` if it is none."""
+        from vla.policy.checkpoint import checkpoint_hash, resolve_checkpoint
+
+        if path == SHIPPED_CHECKPOINT and not path.exists():
+            raise UserError("The package ships no trained checkpoint; name one with --checkpoint DIR.")
+        resolved = resolve_checkpoint(path).resolve()  # `last` is a link that training moves on
+        label = "nano (shipped)" if path == SHIPPED_CHECKPOINT else str(path)
+        return cls(resolved, label, checkpoint_hash(resolved))
+
+    @property
+    def contract(self) -> PolicyContract:
+        """The checkpoint's contract."""
+        return PolicyContract.load(self.path)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The checkpoint's manifest."""
+        return json.loads((self.path / "manifest.json").read_text())
+
+    def load(self) -> CheckpointPolicy:
+        """Load the checkpoint; raise `UserError` if its content changed since the evaluation began."""
+        import torch
+
+        from vla.policy.checkpoint import checkpoint_hash, load_checkpoint
+
+        torch.set_num_threads(1)
+        if checkpoint_hash(self.path) != self.hash:
+            raise UserError(
+                f"The checkpoint {self.path} changed during the evaluation; start again with --overwrite."
+            )
+        return CheckpointPolicy(load_checkpoint(self.path))
+
+
+class CheckpointPolicy:
+    """A loaded checkpoint as a `Policy`."""
+
+    def __init__(self, loaded: LoadedPolicy):
+        self._loaded = loaded
+
+    def reset(self, seed: int) -> None:
+        """Seed torch, for action decoders that sample."""
+        import torch
+
+        torch.manual_seed(seed)
+
+    def act(self, images: Mapping[str, np.ndarray], state: np.ndarray, instruction: str) -> np.ndarray:
+        """Ask the network once."""
+        return self._loaded.act(images, state, instruction)
+
+    def act_with_report(
+        self, images: Mapping[str, np.ndarray], state: np.ndarray, instruction: str
+    ) -> tuple[np.ndarray, RoutingReport]:
+        """Ask the network once and keep what its routers did."""
+        return self._loaded.act_with_report(images, state, instruction)
