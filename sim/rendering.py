@@ -11,6 +11,7 @@ import ctypes.util
 import functools
 import os
 import weakref
+from importlib import import_module
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def prove_backend() -> str:
     import mujoco
 
     model = mujoco.MjModel.from_xml_string(
-        "<mujoco><worldbody><light pos='0 0 3'/><geom type='sphere' size='1' rgba='1 0 0 1'/>"
+        "<mujoco><worldbody><light pos='0 0 3'/><geom group='1' type='sphere' size='1' rgba='1 0 0 1'/>"
         "<camera name='c' pos='0 -4 0' xyaxes='1 0 0 0 0 1'/></worldbody></mujoco>"
     )
     data = mujoco.MjData(model)
@@ -86,10 +87,14 @@ class OffscreenRenderer:
         import mujoco
 
         self._mujoco, self._model, self._size = mujoco, model, image_size
+        self._context = None
         model.vis.quality.offsamples = multisample
+        if not model.light_castshadow.any():
+            model.vis.quality.shadowsize = 0  # an unused 4096 x 4096 shadow map is 64 MB
         model.vis.global_.offwidth = model.vis.global_.offheight = image_size
         try:
-            self._gl = mujoco.GLContext(image_size, image_size)
+            # Not mujoco.GLContext: that is fixed when mujoco is first imported, by whomever.
+            self._gl = import_module(f"mujoco.{find_backend()}").GLContext(image_size, image_size)
             self._gl.make_current()
         except (AttributeError, ImportError, RuntimeError, OSError) as error:
             raise UserError(f"No OpenGL context can be made ({error}). {REMEDY}") from None
