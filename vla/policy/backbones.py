@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import LlamaConfig, LlamaModel, PreTrainedModel, Qwen2Config, Qwen2Model
 
-_FAMILIES = {"llama": (LlamaConfig, LlamaModel), "qwen2": (Qwen2Config, Qwen2Model)}
+FAMILIES = {"llama": (LlamaConfig, LlamaModel), "qwen2": (Qwen2Config, Qwen2Model)}
 
 
 def build_decoder(config, vocab_size: int) -> PreTrainedModel:
@@ -12,7 +12,7 @@ def build_decoder(config, vocab_size: int) -> PreTrainedModel:
 
     Its own `forward` is never called: `vla.policy.decoder.RoutedDecoder` walks its layers.
     """
-    config_class, model_class = _FAMILIES[config.decoder]
+    config_class, model_class = FAMILIES[config.decoder]
     decoder_config = config_class(
         vocab_size=vocab_size,
         hidden_size=config.hidden_size,

@@ -10,7 +10,11 @@ from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 from vla.errors import UserError, nearest
 from vla.policy.presets import preset
 
+# Names only: LeRobot imports every configuration at start-up, modelling code when it is needed. A test
+# holds them equal to the registries.
 DECODERS = ("llama", "qwen2")
+EXECUTIONS = ("coupled_mask", "coupled_two_call")
+ACTION_DECODERS = ("parallel_l1",)
 
 
 @PreTrainedConfig.register_subclass("cogmerge")
@@ -107,11 +111,16 @@ class CogMergeConfig(PreTrainedConfig):
                 f"policy.n_action_steps={self.n_action_steps} must lie between 1 and"
                 f" policy.chunk_size={self.chunk_size}: no more actions can be executed than are predicted."
             )
-        if self.decoder not in DECODERS:
-            raise UserError(
-                f"Unknown policy.decoder '{self.decoder}'.{nearest(self.decoder, DECODERS)}"
-                f" Known: {', '.join(DECODERS)}."
-            )
+        for name, known in (
+            ("decoder", DECODERS),
+            ("attention", EXECUTIONS),
+            ("action_decoder", ACTION_DECODERS),
+        ):
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"Unknown policy.{name} '{getattr(self, name)}'.{nearest(getattr(self, name), known)}"
+                    f" Known: {', '.join(known)}."
+                )
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"policy.dtype must be float32 or bfloat16, not '{self.dtype}'.")
 

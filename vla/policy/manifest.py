@@ -27,11 +27,7 @@ def contract_from_metadata(config, dataset_meta) -> PolicyContract:
 
     ``config.action_space`` wins over what the dataset says about its actions.
     """
-    info_file = Path(dataset_meta.root) / "meta" / "info.json"
     info = {"features": dataset_meta.features, "fps": dataset_meta.fps}
-    if info_file.exists():
-        # LeRobot's typed metadata keeps only the fields it knows; ours (action_space) are in the file.
-        info = json.loads(info_file.read_text()) | info
     offered = Interface.from_dataset(info, action_space=config.action_space)
     return make_contract(config, offered, dataset_meta.stats)
 

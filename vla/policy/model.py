@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vla.policy.action_decoders import action_decoder
+from vla.policy.action_decoders import ACTION_DECODERS
 from vla.policy.backbones import build_decoder
 from vla.policy.decoder import Layout, RoutedDecoder
 from vla.policy.instruction import vocabulary_size
@@ -61,7 +61,7 @@ class CogMergeModel(nn.Module):
         # As large as a normalised token: RMSNorm would hide a smaller scale from the layers but not from
         # the residual stream.
         self.slots = nn.Parameter(torch.randn(slots, dim) * 0.5)
-        self.action_decoder = action_decoder(config.action_decoder)(dim, config.action_dim)
+        self.action_decoder = ACTION_DECODERS[config.action_decoder](dim, config.action_dim)
         self.keyframe_head = nn.Linear(dim, 3) if config.keyframe else None
 
     def forward(
