@@ -53,7 +53,9 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command(
         "show what a checkpoint or a preset is made of", "vla.inspection", "InspectConfig", "inspect"
     ),
-    "doctor": Command("check this machine and say how to put it right", "vla.doctor", "DoctorConfig", "doctor"),
+    "doctor": Command(
+        "check this machine and say how to put it right", "vla.doctor", "DoctorConfig", "doctor"
+    ),
 }
 
 
@@ -137,9 +139,8 @@ def _description(name: str, command: Command) -> str:
 def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        ["usage: vla COMMAND [OPTIONS]", "", *lines, "", "`vla COMMAND --help` describes a command's options."]
-    )
+    footer = "`vla COMMAND --help` describes a command's options."
+    return "\n".join(["usage: vla COMMAND [OPTIONS]", "", *lines, "", footer])
 
 
 def _fail(sentence: str) -> int:
