@@ -50,11 +50,11 @@ def random_batch(config: CogMergeConfig, texts: list[str], seed: int = 0) -> dic
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config():
     return small_config
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_batch():
     return random_batch
