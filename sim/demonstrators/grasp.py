@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 from .hand import (
     FINGER_HALF_WIDTH,
@@ -56,8 +55,10 @@ class GraspCost:
     lopsided: float = 0.5  # one finger touches first and shoves the object
     off_centre: float = 0.4  # far from the centroid, where gravity twists the object
     turn: float = 0.35  # hand yaw away from the start yaw
-    tilt: float = 0.8  # hand not vertical
     far: float = 5.0  # metres beyond the easy reach of the arm, at the grasp and at the destination
+
+
+COST = GraspCost()
 
 
 class GraspError(RuntimeError):
@@ -68,32 +69,41 @@ def plan_grasps(
     scene: Scene,
     name: str,
     *,
-    tilts: tuple[np.ndarray, ...] = (np.eye(3),),
-    yaws: np.ndarray = YAWS,
-    cost: GraspCost = GraspCost(),
     destination: np.ndarray | None = None,
-    limit: int = 400,
+    cost: GraspCost = COST,
 ) -> list[Grasp]:
-    """Return the feasible grasps of the entity `name`, best first (at most `limit`).
+    """Return the feasible grasps of the entity `name`, best first.
 
-    `tilts` are world-frame rotations (3, 3) applied to the hand, which is vertical or leans as far as the
-    arm's reach demands. With `destination` (3,), where the object's origin will go, grasps that can be
-    reached there too are preferred. Raises `GraspError` when the list would be empty.
+    The hand is vertical, or leans as far as the arm's reach demands. With `destination` (3,), where the
+    object's origin will go, grasps that can be reached there too are preferred. Raises `GraspError` when
+    nothing is feasible.
     """
     shape, pose = scene.cloud(name), scene.pose(name)
-    near = scene.obstacles(name).points
-    near = near[np.linalg.norm(near - shape.points.mean(0), axis=1) < 0.35]
     lean = reach_tilt(scene.base, pose.position)
-    found = []
-    for tilt in tilts:
-        for yaw in yaws:
-            rotation = tilt @ lean @ turned(yaw)
-            extra = cost.turn * abs(yaw) / np.pi * 2 + cost.tilt * _angle(tilt)
-            found += _with_rotation(shape, near, rotation, pose, cost, extra)
+    turns = [(lean @ turned(yaw), cost.turn * abs(yaw) / np.pi * 2) for yaw in YAWS]
+    found = search(shape, pose, scene.obstacles(name).points, turns, cost)
     if not found:
         raise GraspError(f"No hand pose can hold '{name}' without hitting something.")
     ranked = [_with_reach(scene, grasp, pose, destination, cost.far) for grasp in found]
-    return sorted(ranked, key=lambda grasp: grasp.cost)[:limit]
+    return sorted(ranked, key=lambda grasp: grasp.cost)
+
+
+def search(
+    shape: Cloud,
+    frame: Pose,
+    obstacles: np.ndarray,
+    rotations: list[tuple[np.ndarray, float]],
+    cost: GraspCost = COST,
+) -> list[Grasp]:
+    """Return every feasible grasp of `shape`, relative to `frame`, for each (hand rotation, its own cost).
+
+    `obstacles` (n, 3) are samples of everything else that can be hit.
+    """
+    near = obstacles[np.linalg.norm(obstacles - shape.points.mean(0), axis=1) < 0.35]
+    found = []
+    for rotation, extra in rotations:
+        found += _with_rotation(shape, near, rotation, frame, cost, extra)
+    return found
 
 
 def _with_reach(
@@ -110,10 +120,6 @@ def choose(grasps: list[Grasp], spread: float, rng: np.random.Generator) -> Gras
     """Draw one of the grasps whose cost is within `spread` of the best (0: always the best)."""
     near_best = [grasp for grasp in grasps if grasp.cost <= grasps[0].cost + spread]
     return near_best[rng.integers(len(near_best))]
-
-
-def _angle(rotation: np.ndarray) -> float:
-    return float(np.linalg.norm(Rotation.from_matrix(rotation).as_rotvec()))
 
 
 def _with_rotation(

@@ -260,6 +260,17 @@ class Scene:
         owner = self.env.object_sites_dict[name] if self.is_region(name) else self.env.get_object(name)
         return [self._joint(joint) for joint in owner.joints]
 
+    def wanted_value(self, name: str, state: str) -> float:
+        """Return a joint value that makes a region or entity ``open``, ``close``, ``turnon`` or ``turnoff``.
+
+        It lies a fifth of the way into LIBERO's range for the state, from where the joint is now.
+        """
+        owner = self.env.object_sites_dict[name] if self.is_region(name) else self.env.get_object(name)
+        ranges = owner.object_properties["articulation"][f"default_{state}_ranges"]
+        joint = self.joints(name)[0]
+        near, far = sorted(ranges, key=lambda value: abs(value - joint.value))
+        return float(np.clip(near + 0.2 * (far - near), *joint.range))
+
     def _joint(self, name: str) -> Joint:
         joint = self.model.joint(name)
         return Joint(

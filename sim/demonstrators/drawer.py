@@ -1,0 +1,95 @@
+"""Open a drawer by its handle; close it by pushing its front."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from .grasp import GraspError, choose, search
+from .joint import drag
+from .motion import CLOSE, DOWN, OPEN, UP, Actions, Tolerance, funnel, reach, servo
+from .pick import close_gripper, open_gripper
+from .place import release
+from .scene import Cloud, Joint, Pose, Scene
+from .style import Manner
+
+HANDLE_DEPTH = 0.018
+"""Metres, measured from the outermost point of a drawer, that count as its handle."""
+
+TILTS = np.radians([30, 40, 50, 60, 70, 80])
+"""How far the hand leans towards the front of the drawer; the gap behind a handle is too thin for less."""
+
+
+def outward(scene: Scene, name: str) -> tuple[Joint, np.ndarray]:
+    """Return the joint of a drawer and the unit vector along which it opens."""
+    joint = scene.joints(name)[0]
+    opened = max(joint.range, key=abs)
+    return joint, joint.axis * np.sign(opened)
+
+
+def handle(scene: Scene, joint: Joint, direction: np.ndarray) -> Cloud:
+    """Return the samples of what stands out furthest at the front of a drawer."""
+    front = scene.cloud_of([joint.body])
+    along = front.points @ direction
+    outer = along > along.max() - HANDLE_DEPTH
+    return Cloud(front.points[outer], front.normals[outer])
+
+
+def open_drawer(
+    scene: Scene, name: str, manner: Manner, rng: np.random.Generator, amount: float | None = None
+) -> Actions:
+    """Pull the drawer with region `name` open, to the joint value `amount` (default: open as a predicate).
+
+    Raises `GraspError` when the handle cannot be gripped.
+    """
+    joint, direction = outward(scene, name)
+    grip, frame = handle(scene, joint, direction), scene.body_pose(joint.body)
+    others = scene.obstacles().points
+    on_grip = (others @ direction) > (grip.points @ direction).min() - 1e-6
+    on_grip &= np.all(np.abs(others - grip.points.mean(0)) < np.ptp(grip.points, axis=0) / 2 + 1e-3, axis=1)
+    found = search(grip, frame, others[~on_grip], _leaning(direction))
+    if not found:
+        raise GraspError(f"No hand pose can hold the handle of '{name}'.")
+    grasp = choose(sorted(found, key=lambda g: g.cost), manner.grasp_spread, rng)
+
+    def entry() -> Pose:
+        target = grasp.hand(scene.body_pose(joint.body))
+        return funnel(scene.hand, target, target.rotation[:, 2], manner.approach_height)
+
+    yield from open_gripper(scene, manner)
+    yield from reach(scene, entry, OPEN, manner.limits, tolerance=Tolerance(0.006, 0.1))
+    yield from close_gripper(scene, scene.hand, manner)
+    yield from drag(scene, name, scene.wanted_value(name, "open") if amount is None else amount, manner)
+    yield from release(scene, manner)
+
+
+def _leaning(direction: np.ndarray) -> list[tuple[np.ndarray, float]]:
+    """Return hand rotations that reach against `direction`, the fingers one above the other."""
+    axis = np.cross(UP, direction)
+    yaw = np.arctan2(-direction[0], direction[1])
+    yaw = (yaw + np.pi / 2) % np.pi - np.pi / 2  # half a turn looks the same
+    upright = Rotation.from_rotvec(yaw * UP).as_matrix() @ DOWN
+    return [(Rotation.from_rotvec(-tilt * axis).as_matrix() @ upright, 0.3 * tilt) for tilt in TILTS]
+
+
+def close_drawer(scene: Scene, name: str, manner: Manner, rng: np.random.Generator) -> Actions:
+    """Push the drawer with region `name` shut with closed fingers."""
+    joint, direction = outward(scene, name)
+    front = handle(scene, joint, direction)
+    middle = (front.points.min(0) + front.points.max(0)) / 2
+    outer = (front.points @ direction).max()
+    contact = middle + direction * (outer - middle @ direction)
+    relative = scene.body_pose(joint.body).inverse().apply(contact[None])[0]
+
+    def target(ahead: float) -> Pose:
+        at = scene.body_pose(joint.body).apply(relative[None])[0]
+        return Pose(at + direction * ahead - 0.005 * UP, DOWN)
+
+    def entry() -> Pose:
+        return funnel(scene.hand, target(0.06), -UP, manner.approach_height)
+
+    yield from reach(scene, entry, CLOSE, manner.limits, tolerance=Tolerance(0.012, 0.2))
+    for _ in range(120):
+        if scene.holds(("close", name)):
+            return
+        yield servo(scene.hand, target(-0.02), CLOSE, manner.limits)
