@@ -225,7 +225,9 @@ def _vector_mismatches(what: str, need: Vector | None, offer: Vector | None) -> 
     return []
 
 
-def _parse_contract(content: Mapping[str, Any], path: Path) -> PolicyContract:
+def _parse_contract(content: Any, path: Path) -> PolicyContract:
+    if not isinstance(content, Mapping):
+        raise ContractError(f"{path} does not hold a JSON object; copy the checkpoint again.")
     if content.get("version") != CONTRACT_VERSION:
         raise ContractError(
             f"{path} has contract version {content.get('version')!r}, this release reads {CONTRACT_VERSION}."
@@ -242,7 +244,7 @@ def _parse_contract(content: Mapping[str, Any], path: Path) -> PolicyContract:
             interface=_parse_interface(content["interface"]),
             **{key: content[key] for key in known - {"interface", "statistics_hash"}},
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ContractError(f"{path} is malformed ({error!r}); copy the checkpoint again.") from None
     if contract.statistics_hash != recorded:
         raise ContractError(
