@@ -14,6 +14,7 @@ import ctypes
 import gc
 import logging
 import random
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -275,6 +276,7 @@ class LiberoSimulation:
         self._domain.close()
         self._domain = self._robot = self._clock = self._step_domain = None
         self._model = self._data = self._drawing = self._renderer = None
+        _return_freed_memory()
         if LiberoSimulation._live is not None and LiberoSimulation._live() is self:
             LiberoSimulation._live = None
 
@@ -450,10 +452,13 @@ class LiberoSimulation:
 def _build_domain(bddl_path: str):
     """Build LIBERO's domain for a BDDL file, without cameras and renderer (ours draws on demand)."""
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # it asks for a private macro file
-    import libero.libero.envs.bddl_utils as bddl_utils
-    import robosuite
-    from libero.libero.envs import TASK_MAPPING
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # robosuite 1.4 on Python 3.12: escape sequences, logger.warn
+        import libero.libero.envs.bddl_utils as bddl_utils
+        import robosuite
+        from libero.libero.envs import TASK_MAPPING
 
+    _disable_asset_cache()
     domain_class = TASK_MAPPING[bddl_utils.get_problem_info(bddl_path)["problem_name"]]
     domain = _remembering_pristine_model(domain_class)(
         bddl_file_name=bddl_path,
@@ -467,20 +472,20 @@ def _build_domain(bddl_path: str):
         ignore_done=True,
         hard_reset=False,
     )
-    _release_build_memory()
+    _return_freed_memory()
     return domain
 
 
-def _release_build_memory() -> None:
-    """Give back what only building the model needed: a quarter of a worker's memory.
-
-    MuJoCo caches every mesh and texture file it has read (up to 0.5 GB), and glibc keeps the freed
-    buffers of the XML and mesh parsers.
-    """
+def _disable_asset_cache() -> None:
+    """Stop MuJoCo from keeping every mesh and texture file it has read, up to 0.5 GB per process."""
     import mujoco
 
-    if hasattr(mujoco, "mj_clearCache"):  # the cache is older than the call to clear it
-        mujoco.mj_clearCache(mujoco.mj_getCache())
+    if hasattr(mujoco, "mj_setCacheCapacity"):  # the cache is older than the call that limits it
+        mujoco.mj_setCacheCapacity(mujoco.mj_getCache(), 0)
+
+
+def _return_freed_memory() -> None:
+    """Hand what the XML and mesh parsers or a closed scene freed back to the system (glibc keeps it)."""
     gc.collect()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
