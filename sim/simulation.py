@@ -224,7 +224,7 @@ class LiberoSimulation:
                 self._model.site_rgba[self._lamps, 3],
                 controller.goal_pos,
                 controller.goal_ori.ravel(),
-                gripper.current_action,
+                np.broadcast_to(gripper.current_action, 2),  # one number before the first action
                 [self._clock._time_since_last_sample, self._clock._sampled],
                 self._observed.pack(),
             ]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def command(out, *more):
 def dataset(tmp_path_factory) -> Path:
     """A small collection, recorded without interruption by one worker."""
     out = tmp_path_factory.mktemp("collect") / "demo"
-    subprocess.run(command(out, "--workers", "1"), check=True, timeout=400)
+    subprocess.run(command(out, "--workers", "1"), check=True, timeout=600)
     return out
 
 
@@ -124,26 +125,35 @@ def test_killed_and_resumed_collection_equals_an_uninterrupted_one(dataset, tmp_
     def attempts():
         return list(partial.glob("attempts/*/attempt_*"))
 
-    run = subprocess.Popen(command(out, "--workers", "2"))
-    wait_until(attempts)
-    run.send_signal(signal.SIGINT)
-    assert run.wait(60) == 130 and not out.exists()
+    with running(out) as run:
+        wait_until(attempts)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(60) == 130 and not out.exists()
 
     done = len(attempts())
-    run = subprocess.Popen(command(out, "--workers", "2", "--resume"))
-    wait_until(lambda: len(attempts()) > done)
-    workers = children(run.pid)
-    run.kill()
-    run.wait()
+    with running(out, "--resume") as run:
+        wait_until(lambda: len(attempts()) > done)
+        workers = children(run.pid)
+        run.kill()
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
 
-    run = subprocess.Popen(command(out, "--workers", "2", "--resume"))
-    wait_until(lambda: children(run.pid))
-    os.kill(children(run.pid)[0], signal.SIGKILL)  # a worker that dies is replaced
-    assert run.wait(400) == 0
+    with running(out, "--resume") as run:
+        wait_until(lambda: children(run.pid))
+        os.kill(children(run.pid)[0], signal.SIGKILL)  # a worker that dies is replaced
+        assert run.wait(600) == 0
     assert_same_dataset(dataset, out)
     again = subprocess.run(command(out, "--resume"), capture_output=True, text=True, timeout=120)
     assert again.returncode == 0 and "complete already" in again.stdout
+
+
+@contextmanager
+def running(out: Path, *more: str):
+    run = subprocess.Popen(command(out, "--workers", "2", *more))
+    try:
+        yield run
+    finally:
+        run.kill()
+        run.wait()
 
 
 def assert_same_dataset(expected: Path, actual: Path) -> None:
@@ -264,7 +274,7 @@ def children(pid: int) -> list[int]:
     ]
 
 
-def wait_until(condition, timeout=200.0) -> None:
+def wait_until(condition, timeout=400.0) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "nothing happened in time"
