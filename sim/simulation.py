@@ -472,6 +472,7 @@ def _build_domain(bddl_path: str):
         ignore_done=True,
         hard_reset=False,
     )
+    _forget_parsed_scene()
     _return_freed_memory()
     return domain
 
@@ -482,6 +483,16 @@ def _disable_asset_cache() -> None:
 
     if hasattr(mujoco, "mj_setCacheCapacity"):  # the cache is older than the call that limits it
         mujoco.mj_setCacheCapacity(mujoco.mj_getCache(), 0)
+
+
+def _forget_parsed_scene() -> None:
+    """Free the scene that MuJoCo keeps for ``mj_saveLastXML``: 240 MB, the textures a second time.
+
+    There is no Python call for it, but it keeps only the last scene that was parsed.
+    """
+    import mujoco
+
+    mujoco.MjModel.from_xml_string("<mujoco/>")
 
 
 def _return_freed_memory() -> None:
