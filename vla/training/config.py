@@ -92,10 +92,15 @@ class TrainConfig:
                 raise UserError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1."
                 )
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"--ema-decay is {self.ema_decay}; it must lie in [0, 1).")
-        if not 0 <= self.held_out < 1:
-            raise UserError(f"--held-out is {self.held_out}; it must lie in [0, 1).")
+        for name in ("lr", "grad_clip", "max_minutes", "control_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be positive.")
+        for name in ("ema_decay", "held_out"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must lie in [0, 1)."
+                )
         if self.dataset_weights and len(self.dataset_weights) != len(self.dataset):
             raise UserError(
                 f"--dataset-weights has {len(self.dataset_weights)} entries for {len(self.dataset)} datasets."

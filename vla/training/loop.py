@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vla.errors import UserError
+from vla.training.allocator import keep_freed_memory
 from vla.training.batches import BatchSource
 from vla.training.checkpoints import last_checkpoint, remove_partial
 from vla.training.config import RECORD_FILE, TrainConfig, open_run
@@ -42,6 +43,7 @@ def train(config: TrainConfig) -> None:
     ``config.out``. Raises `UserError` for bad input and `KeyboardInterrupt` after SIGINT or SIGTERM, once
     the checkpoint of the current step is written.
     """
+    keep_freed_memory()
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     accelerator = _accelerator(config)

@@ -43,7 +43,7 @@ def start_policy(
         loaded.contract.require(interface, source=f"the dataset at {datasets[0].root}")
         return loaded
     statistics = joint_statistics(datasets)
-    policy_config = _policy_config(config, interface, device)
+    policy_config = new_policy_config(config, interface, device)
     torch.manual_seed(config.seed)
     policy = CogMergePolicy(policy_config).to(device)
     policy.contract = make_contract(policy_config, interface, statistics)
@@ -64,7 +64,8 @@ def _require_action_space(interface: Interface, dataset: Demonstrations) -> None
         )
 
 
-def _policy_config(config: TrainConfig, interface: Interface, device: str) -> CogMergeConfig:
+def new_policy_config(config: TrainConfig, interface: Interface, device: str) -> CogMergeConfig:
+    """Configuration of a new policy: the preset, what ``config.policy`` changes, the dataset's features."""
     inputs = {
         camera.key: PolicyFeature(FeatureType.VISUAL, (3, camera.height, camera.width))
         for camera in interface.cameras

@@ -201,8 +201,8 @@ class Trainer:
         tensors = {key: item.contiguous() for key, item in batch.items() if isinstance(item, Tensor)}
         save_file(tensors, path, metadata={"step": str(self.step), "value": str(value)})
         raise UserError(
-            f"The loss or its gradient became {value} at step {self.step}; its batch is in {path}; lower --lr, "
-            "use --precision float32 or look for outliers in the dataset's actions and states."
+            f"The loss or its gradient became {value} at step {self.step} (batch in {path}); lower --lr, use "
+            "--precision float32 or look for outliers in the dataset's actions and states."
         )
 
     def _sum(self, values: dict[str, float]) -> dict[str, float]:
