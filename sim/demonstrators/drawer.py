@@ -16,7 +16,7 @@ from .style import Manner
 HANDLE_DEPTH = 0.018
 """Metres, measured from the outermost point of a drawer, that count as its handle."""
 
-TILTS = np.radians([30, 40, 50, 60, 70, 80])
+TILTS = np.radians(np.arange(30, 91, 5))
 """How far the hand leans towards the front of the drawer; the gap behind a handle is too thin for less."""
 
 
@@ -69,7 +69,7 @@ def _leaning(direction: np.ndarray) -> list[tuple[np.ndarray, float]]:
     yaw = np.arctan2(-direction[0], direction[1])
     yaw = (yaw + np.pi / 2) % np.pi - np.pi / 2  # half a turn looks the same
     upright = Rotation.from_rotvec(yaw * UP).as_matrix() @ DOWN
-    return [(Rotation.from_rotvec(-tilt * axis).as_matrix() @ upright, 0.3 * tilt) for tilt in TILTS]
+    return [(Rotation.from_rotvec(tilt * axis).as_matrix() @ upright, 0.3 * tilt) for tilt in TILTS]
 
 
 def close_drawer(scene: Scene, name: str, manner: Manner, rng: np.random.Generator) -> Actions:

@@ -14,19 +14,22 @@ import numpy as np
 from .hand import (
     FINGER_HALF_WIDTH,
     FINGER_INNER,
-    FINGER_THICKNESS,
     FINGER_TIP,
     PAD,
     PAD_HALF_WIDTH,
     PALM_FRONT,
     PALM_HALF,
+    finger_thickness,
 )
 from .motion import EASY_REACH, reach_tilt, turned
 from .scene import Cloud, Pose, Scene
 
-CLEARANCE = 0.004
-"""Metres that the open hand keeps from everything it must not touch."""
+CLEARANCES = (0.004, 0.002, 0.0)
+"""Metres that the open hand keeps from everything it must not touch; the next is tried if nothing fits."""
 
+
+MARGIN = 0.004
+"""Metres of air between an open finger and the object's near side."""
 
 YAWS = np.radians(np.arange(-90, 90, 15))
 """Hand yaws to try, relative to the start yaw; the gripper looks the same after half a turn."""
@@ -95,14 +98,17 @@ def search(
     rotations: list[tuple[np.ndarray, float]],
     cost: GraspCost = COST,
 ) -> list[Grasp]:
-    """Return every feasible grasp of `shape`, relative to `frame`, for each (hand rotation, its own cost).
+    """Return the feasible grasps of `shape`, relative to `frame`, for each (hand rotation, its own cost).
 
     `obstacles` (n, 3) are samples of everything else that can be hit.
     """
     near = obstacles[np.linalg.norm(obstacles - shape.points.mean(0), axis=1) < 0.35]
-    found = []
-    for rotation, extra in rotations:
-        found += _with_rotation(shape, near, rotation, frame, cost, extra)
+    found: list[Grasp] = []
+    for clearance in CLEARANCES:
+        for rotation, extra in rotations:
+            found += _with_rotation(shape, near, rotation, frame, cost, extra, clearance)
+        if found:
+            break
     return found
 
 
@@ -129,6 +135,7 @@ def _with_rotation(
     object_pose: Pose,
     cost: GraspCost,
     extra: float,
+    clearance: float,
 ) -> list[Grasp]:
     """Return the feasible grasps with one hand rotation; `extra` is that rotation's own cost."""
     body, normals, blocked = shape.points @ rotation, shape.normals @ rotation, obstacles @ rotation
@@ -137,12 +144,14 @@ def _with_rotation(
     for side in _grid(body[:, 1].min() + 0.004, body[:, 1].max() - 0.004, 0.006, centroid[1]):
         column = np.abs(body[:, 1] - side) < PAD_HALF_WIDTH
         palm = _columns(body, blocked, side, PALM_HALF[1])
-        fingers = _columns(body, blocked, side, FINGER_HALF_WIDTH + CLEARANCE / 2)
+        fingers = _columns(body, blocked, side, FINGER_HALF_WIDTH + clearance / 2)
         if not column.any():
             continue
         top = body[column, 2].min()  # z points down: the smallest is the highest
         for depth in np.arange(top + 0.004, min(body[column, 2].max(), top + 0.06) + 0.006, 0.006):
-            for centre, width, terms in _centred(body[column], normals[column], fingers, palm, depth):
+            for centre, width, terms in _centred(
+                body[column], normals[column], fingers, palm, depth, clearance
+            ):
                 grasp = np.array([centre, side, depth])
                 away = np.linalg.norm((grasp - centroid)[:2]) / 0.1
                 high = max(0.0, 0.02 - (depth - top)) / 0.02
@@ -173,7 +182,12 @@ def _grid(low: float, high: float, step: float, through: float) -> np.ndarray:
 
 
 def _centred(
-    column: np.ndarray, normals: np.ndarray, fingers: np.ndarray, palm: np.ndarray, depth: float
+    column: np.ndarray,
+    normals: np.ndarray,
+    fingers: np.ndarray,
+    palm: np.ndarray,
+    depth: float,
+    clearance: float,
 ) -> list[tuple[float, float, tuple[float, float, float]]]:
     """Return (finger centre, width, (slant, shallow, lopsided)) of the free placements at one depth."""
     band = (column[:, 2] > depth + PAD[0]) & (column[:, 2] < depth + PAD[1])
@@ -181,8 +195,9 @@ def _centred(
         return []
     x, z, along = column[band, 0], column[band, 2], normals[band, 0]
     found = []
-    in_way = fingers[fingers[:, 1] < depth + FINGER_TIP + CLEARANCE, 0]
-    over = palm[palm[:, 1] < depth + PALM_FRONT + CLEARANCE, 0]
+    in_way = fingers[fingers[:, 1] < depth + FINGER_TIP + clearance]
+    in_way = np.stack([in_way[:, 0], FINGER_INNER + finger_thickness(in_way[:, 1] - depth)])
+    over = palm[palm[:, 1] < depth + PALM_FRONT + clearance, 0]
     for middle in np.arange(x.min() - 0.03, x.max() + 0.03, 0.004):
         inside = np.abs(x - middle) < FINGER_INNER
         if not inside.any():
@@ -190,9 +205,9 @@ def _centred(
         low, high = x[inside].min(), x[inside].max()
         # Slide the hand so that both fingers are equally far, unless something else then is in the way.
         for centre in dict.fromkeys(((low + high) / 2, middle)):
-            if high - low > 2 * FINGER_INNER - 2 * CLEARANCE or _hits(in_way, over, centre):
+            if high - low > 2 * FINGER_INNER - 2 * MARGIN or _hits(in_way, over, centre, clearance):
                 continue
-            if max(high - centre, centre - low) > FINGER_INNER - CLEARANCE:
+            if max(high - centre, centre - low) > FINGER_INNER - MARGIN:
                 continue
             right, left = inside & (x > high - 0.003), inside & (x < low + 0.003)
             slant = 1.0 - min(along[right].max(), (-along[left]).max())
@@ -204,9 +219,9 @@ def _centred(
     return list(dict.fromkeys(found))
 
 
-def _hits(in_way: np.ndarray, over: np.ndarray, centre: float) -> bool:
+def _hits(in_way: np.ndarray, over: np.ndarray, centre: float, clearance: float) -> bool:
     """Return whether the open fingers or the palm, centred there, meet a sample on their way in."""
-    away = np.abs(in_way - centre)
-    if np.any((away > FINGER_INNER - 0.5 * CLEARANCE) & (away < FINGER_INNER + FINGER_THICKNESS + CLEARANCE)):
+    away = np.abs(in_way[0] - centre)
+    if np.any((away > FINGER_INNER - 0.5 * clearance) & (away < in_way[1] + clearance)):
         return True
-    return bool(np.any(np.abs(over - centre) < PALM_HALF[0] + CLEARANCE))
+    return bool(np.any(np.abs(over - centre) < PALM_HALF[0] + clearance))
