@@ -72,7 +72,7 @@ def _leaning(direction: np.ndarray) -> list[tuple[np.ndarray, float]]:
     return [(Rotation.from_rotvec(tilt * axis).as_matrix() @ upright, 0.3 * tilt) for tilt in TILTS]
 
 
-def close_drawer(scene: Scene, name: str, manner: Manner, rng: np.random.Generator) -> Actions:
+def close_drawer(scene: Scene, name: str, manner: Manner) -> Actions:
     """Push the drawer with region `name` shut with closed fingers."""
     joint, direction = outward(scene, name)
     front = handle(scene, joint, direction)

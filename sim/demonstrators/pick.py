@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .grasp import Grasp, choose, plan_grasps
+from .grasp import Grasp
 from .motion import CLOSE, OPEN, UP, Actions, Tolerance, funnel, reach, rotation_error, stay
 from .scene import Pose, Scene
 from .style import Manner
@@ -36,23 +36,8 @@ def close_gripper(scene: Scene, target: Pose, manner: Manner, most: int = 12) ->
         yield from stay(scene, lambda: target, CLOSE, manner.limits, 1)
 
 
-def pick(
-    scene: Scene,
-    name: str,
-    manner: Manner,
-    rng: np.random.Generator,
-    destination: np.ndarray | None = None,
-) -> Actions:
-    """Grasp the entity `name` and lift it clear; the caller checks `holding` and may try again.
-
-    `destination` (3,) is where its origin will go. Raises `GraspError` when no grasp is feasible.
-    """
-    grasp = choose(plan_grasps(scene, name, destination=destination), manner.grasp_spread, rng)
-    yield from take(scene, name, grasp, manner)
-
-
 def take(scene: Scene, name: str, grasp: Grasp, manner: Manner, lift: float = 0.03) -> Actions:
-    """Execute one grasp of the entity `name`."""
+    """Grasp the entity `name` and lift it by `lift`; the caller checks `holding` and may try again."""
     planned = scene.pose(name).rotation
 
     def toppled() -> bool:

@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import numpy as np
 
+from .door import close_door
 from .drawer import close_drawer, open_drawer
+from .grasp import GraspError, choose, plan_grasps
+from .insert import insert, opening
 from .knob import turn_knob
 from .motion import Actions
-from .pick import holding, pick
+from .pick import holding, take
 from .place import destination, place
+from .push import push
 from .scene import Scene
 from .style import Manner
 
 
 def bring(scene: Scene, predicate: tuple[str, ...], manner: Manner, rng: np.random.Generator) -> Actions:
-    """Pick the first argument of ``in`` or ``on`` and place it at the second."""
+    """Pick the first argument of ``in`` or ``on`` and place it at the second.
+
+    What cannot be grasped but belongs somewhere on the work surface is pushed.
+    """
     relation, name, target = predicate
-    if relation == "in" and scene.joints(target) and not scene.holds(("open", target)):
+    if relation == "in" and scene.is_drawer(target) and not scene.holds(("open", target)):
         yield from open_drawer(scene, target, manner, rng)
-    yield from pick(scene, name, manner, rng, destination(scene, relation, target)[0])
+    out = opening(scene, scene.region(target)) if scene.is_region(target) else None
+    if out is not None:
+        yield from insert(scene, name, target, out, manner, rng)
+        return
+    goal, _ = destination(scene, relation, target)
+    try:
+        grasps = plan_grasps(scene, name, destination=goal)
+    except GraspError:
+        if scene.is_region(target) and scene.region(target).parent is None:
+            yield from push(scene, name, predicate, goal, manner)
+            return
+        raise
+    yield from take(scene, name, choose(grasps, manner.grasp_spread, rng), manner)
     if holding(scene, name):
         yield from place(scene, name, relation, target, manner)
 
@@ -28,7 +47,11 @@ def _open(scene: Scene, predicate: tuple[str, ...], manner: Manner, rng: np.rand
 
 
 def _close(scene: Scene, predicate: tuple[str, ...], manner: Manner, rng: np.random.Generator) -> Actions:
-    yield from close_drawer(scene, predicate[1], manner, rng)
+    _, name = predicate
+    if scene.joints(name)[0].slides:
+        yield from close_drawer(scene, name, manner)
+    else:
+        yield from close_door(scene, name, manner)
 
 
 SKILLS = {

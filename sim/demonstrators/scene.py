@@ -112,6 +112,7 @@ class Scene:
         self.env = sim.env
         self.model: mujoco.MjModel = self.env.sim.model._model
         self.data: mujoco.MjData = self.env.sim.data._data
+        self._bodies: dict[str, list[int]] = {}
         self._samples: dict[int, Cloud] = {}
         self._hand_site = self.model.site("gripper0_grip_site").id
         self._finger_qpos = [self.model.joint(f"gripper0_finger_joint{i}").qposadr[0] for i in (1, 2)]
@@ -171,7 +172,9 @@ class Scene:
 
     def bodies(self, name: str) -> list[int]:
         """Return the body ids of an entity, root first."""
-        return self._subtree(self.model.body(self.env.get_object(name).root_body).id)
+        if name not in self._bodies:
+            self._bodies[name] = self._subtree(self.model.body(self.env.get_object(name).root_body).id)
+        return self._bodies[name]
 
     def _subtree(self, root: int) -> list[int]:
         found = [root]
@@ -258,7 +261,11 @@ class Scene:
     def joints(self, name: str) -> list[Joint]:
         """Return the articulations that a region (a drawer) or an entity (a door, a knob) depends on."""
         owner = self.env.object_sites_dict[name] if self.is_region(name) else self.env.get_object(name)
-        return [self._joint(joint) for joint in owner.joints]
+        return [self._joint(joint) for joint in getattr(owner, "joints", None) or ()]
+
+    def is_drawer(self, name: str) -> bool:
+        """Return whether a region moves with a sliding joint."""
+        return self.is_region(name) and any(joint.slides for joint in self.joints(name))
 
     def wanted_value(self, name: str, state: str) -> float:
         """Return a joint value that makes a region or entity ``open``, ``close``, ``turnon`` or ``turnoff``.
