@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -112,9 +113,14 @@ class TrainConfig:
         """Return the configuration as JSON-ready data."""
         return json.loads(json.dumps(asdict(self), default=str))
 
+    def recipe(self) -> dict[str, Any]:
+        """Return what a checkpoint records of it: everything but the places on this machine."""
+        places = ("out", "dataset", "init_from", "cache_dir", "resume", "overwrite")
+        return {name: value for name, value in self.to_json().items() if name not in places}
+
 
 def open_run(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None]:
-    """Prepare the folder of the run and settle what is trained.
+    """Look at the folder of the run and settle what is trained; nothing is written or deleted yet.
 
     Returns the configuration to use and, with ``resume``, the record of the run. A field left at its
     default continues as recorded. Raises `UserError` when the folder holds something else, or when
@@ -132,8 +138,17 @@ def open_run(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None]:
             raise UserError(f"{config.out} exists; continue it with --resume or replace it with --overwrite.")
         if not (config.out / RECORD_FILE).exists():
             raise UserError(f"{config.out} is not a training run, so --overwrite does not delete it.")
-        shutil.rmtree(config.out)
     return config, None
+
+
+def write_record(config: TrainConfig, record: dict[str, Any]) -> None:
+    """Write ``train.json``; for a new run, after emptying the folder that `open_run` let pass."""
+    if not config.resume and config.out.exists():
+        shutil.rmtree(config.out)
+    config.out.mkdir(parents=True, exist_ok=True)
+    temporary = config.out / f"{RECORD_FILE}.tmp"
+    temporary.write_text(json.dumps(record | {"config": config.to_json()}, indent=2) + "\n")
+    os.replace(temporary, config.out / RECORD_FILE)
 
 
 def _read_record(out: Path) -> dict[str, Any]:

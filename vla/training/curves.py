@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from vla.training.metrics import METRICS_FILE, Row, read_metrics
@@ -35,19 +36,13 @@ def draw_curves(out: Path) -> Path:
 
 
 def success_points(out: Path) -> list[tuple[int, float, float, float]]:
-    """Return ``(step, rate, low, high)`` of every evaluation of this run's checkpoints kept inside `out`.
-
-    An evaluation is a ``summary.json`` as `vla eval` writes it, with a total, its interval and the path of
-    the checkpoint; summaries of anything else are passed over.
-    """
+    """Return ``(step, rate, low, high)`` of every evaluation that `vla eval` has left inside `out`."""
     points = []
-    for path in sorted(out.glob("**/summary.json")):
+    for path in out.glob("**/summary.json"):
         summary = json.loads(path.read_text())
-        step = _checkpoint_step(summary.get("checkpoint", {}))
-        total = summary.get("total", {})
-        if step is not None and total.get("episodes"):
-            low, high = total["interval"]
-            points.append((step, total["successes"] / total["episodes"], low, high))
+        manifest, total = summary["provenance"]["manifest"], summary["total"]
+        if total["episodes"] and "step" in manifest:  # a run without valid episodes has no rate
+            points.append((manifest["step"], total["rate"], *total["interval"]))
     return sorted(points)
 
 
@@ -55,19 +50,11 @@ def _draw_success(axes, points: list[tuple[int, float, float, float]]) -> None:
     if not points:
         return
     right = axes.twinx()
-    steps, rates, low, high = zip(*points, strict=True)
-    errors = [
-        [r - a for r, a in zip(rates, low, strict=True)],
-        [b - r for r, b in zip(rates, high, strict=True)],
-    ]
-    right.errorbar(steps, rates, yerr=errors, fmt="s", color="tab:green", capsize=3)
+    steps, rates, low, high = np.array(points).T
+    right.errorbar(steps, rates, yerr=[rates - low, high - rates], fmt="s", color="tab:green", capsize=3)
     right.set(ylabel="success (95 % interval)", ylim=(0, 1))
     right.yaxis.label.set_color("tab:green")
 
 
 def _columns(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
     return [row["step"] for row in rows], [row[name] for row in rows]
-
-
-def _checkpoint_step(checkpoint: dict) -> int | None:
-    return checkpoint.get("step") if isinstance(checkpoint, dict) else None

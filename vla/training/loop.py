@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,7 +19,7 @@ from vla.errors import UserError
 from vla.training.allocator import keep_freed_memory
 from vla.training.batches import BatchSource
 from vla.training.checkpoints import last_checkpoint, remove_partial
-from vla.training.config import RECORD_FILE, TrainConfig, open_run
+from vla.training.config import TrainConfig, open_run, write_record
 from vla.training.curves import CURVES_FILE, draw_curves
 from vla.training.dataset import Demonstrations, open_demonstrations, require_same_interface
 from vla.training.frame_cache import FrameCache, LiveFrames, open_frame_cache
@@ -98,8 +96,7 @@ def _set_up(config: TrainConfig, record: dict | None, accelerator: Accelerator) 
         start.policy.config.action_delta_indices,
     )
     trainer = Trainer(config, datasets, source, start, accelerator)
-    if record is None:
-        record = _on_main_first(accelerator, lambda: _new_record(trainer))
+    record = _on_main_first(accelerator, lambda: _keep_record(trainer, record))
     trainer.precision = record["precision"]
     if checkpoint is not None:
         trainer.restore(checkpoint)
@@ -108,7 +105,7 @@ def _set_up(config: TrainConfig, record: dict | None, accelerator: Accelerator) 
         trainer.step,
         tracker=config.logger,
         run_id=record["run_id"],
-        config=record["config"],
+        config=config.to_json(),
         enabled=accelerator.is_main_process,
     )
     if accelerator.is_main_process:
@@ -132,28 +129,26 @@ def _frames(
     return [open_frame_cache(dataset, size, folder=folder, quiet=True) for dataset in datasets]
 
 
-def _new_record(trainer: Trainer) -> dict[str, Any]:
-    """Decide what is decided once per run, and write it to ``train.json``."""
-    config = trainer.config
-    config.out.mkdir(parents=True, exist_ok=True)
-    precision, seconds = config.precision, None
-    if precision == "auto":
-        batch = trainer.preprocess(trainer.batch(0))
-        seconds = time_precisions(
-            lambda: trainer.policy(batch)[0], trainer.policy, trainer.accelerator.device
-        )
-        precision = min(seconds, key=seconds.get)
-    record = {
-        "config": config.to_json(),
-        "precision": precision,
-        "precision_seconds": seconds,
-        "dataset_hash": [dataset.hash for dataset in trainer.datasets],
-        "run_id": uuid.uuid4().hex,
-    }
-    temporary = config.out / f"{RECORD_FILE}.tmp"
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, config.out / RECORD_FILE)
+def _keep_record(trainer: Trainer, record: dict[str, Any] | None) -> dict[str, Any]:
+    """Decide what is decided once per run, and write it to ``train.json`` with the configuration."""
+    if record is None:
+        precision, seconds = _choose_precision(trainer)
+        record = {
+            "precision": precision,
+            "precision_seconds": seconds,
+            "dataset_hash": [dataset.hash for dataset in trainer.datasets],
+            "run_id": uuid.uuid4().hex,
+        }
+    write_record(trainer.config, record)
     return record
+
+
+def _choose_precision(trainer: Trainer) -> tuple[str, dict[str, float] | None]:
+    if trainer.config.precision != "auto":
+        return trainer.config.precision, None
+    batch = trainer.preprocess(trainer.batch(0))
+    seconds = time_precisions(lambda: trainer.policy(batch)[0], trainer.policy, trainer.accelerator.device)
+    return min(seconds, key=seconds.get), seconds
 
 
 def _require_same_data(record: dict[str, Any], datasets: list[Demonstrations]) -> None:
@@ -180,7 +175,7 @@ def _run(trainer: Trainer, metrics: MetricsLog, interruption: Interruption) -> b
     """Train to the last step, the time limit or a signal; return whether it was a signal."""
     config, main = trainer.config, trainer.accelerator.is_main_process
     deadline = time.monotonic() + 60 * (config.max_minutes or float("inf"))
-    window = Window(trainer.samples_per_step)
+    window, interrupted = Window(trainer.samples_per_step), False
     with _progress(trainer) as show:
         for batch in _batches(trainer):
             data_seconds = window.lap()
@@ -189,7 +184,7 @@ def _run(trainer: Trainer, metrics: MetricsLog, interruption: Interruption) -> b
             timeout, interrupted = _agree(trainer, time.monotonic() > deadline, interruption.requested)
             last = timeout or interrupted or trainer.step == config.steps
             if last or trainer.step % config.log_every == 0:
-                row = window.close()
+                row = _mean(trainer, window.close())
                 metrics.write("train", trainer.step, **row)
                 show(row)
             if trainer.has_held_out and not interrupted and (last or trainer.step % config.eval_every == 0):
@@ -206,12 +201,15 @@ def _run(trainer: Trainer, metrics: MetricsLog, interruption: Interruption) -> b
     return interrupted
 
 
-def _agree(trainer: Trainer, *flags: bool) -> tuple[bool, ...]:
-    """Whether any process raised each flag: all must stop at the same step."""
-    if trainer.accelerator.num_processes == 1:
-        return flags
-    raised = torch.tensor([float(flag) for flag in flags], device=trainer.accelerator.device)
-    return tuple(count > 0 for count in trainer.accelerator.reduce(raised, "sum").tolist())
+def _agree(trainer: Trainer, timeout: bool, interrupted: bool) -> tuple[bool, bool]:
+    """Whether any process saw either: all must stop at the same step."""
+    flags = trainer.sum({"timeout": float(timeout), "interrupted": float(interrupted)})
+    return flags["timeout"] > 0, flags["interrupted"] > 0
+
+
+def _mean(trainer: Trainer, row: dict[str, float]) -> dict[str, float]:
+    processes = trainer.accelerator.num_processes
+    return {name: total / processes for name, total in trainer.sum(row).items()}
 
 
 def _batches(trainer: Trainer) -> Iterator[Batch]:

@@ -21,6 +21,7 @@ from lerobot.common.train_utils import (
     save_training_state,
 )
 from lerobot.utils.constants import PRETRAINED_MODEL_DIR, TRAINING_STATE_DIR
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor
 
@@ -129,7 +130,14 @@ class Trainer:
                 loss, parts = model(self.preprocess(self.source.batch(frames)))
             for name, value in {"loss": loss.item(), **parts}.items():
                 total[name] = total.get(name, 0.0) + value * len(frames)
-        return {name: value / len(self._held_out) for name, value in self._sum(total).items()}
+        return {name: value / len(self._held_out) for name, value in self.sum(total).items()}
+
+    def sum(self, values: dict[str, float]) -> dict[str, float]:
+        """Add up `values` over all processes; every process must call this at the same step."""
+        if self.accelerator.num_processes == 1:
+            return values
+        stacked = torch.tensor(list(values.values()), device=self.accelerator.device)
+        return dict(zip(values, self.accelerator.reduce(stacked, "sum").tolist(), strict=True))
 
     def save(self) -> Path | None:
         """Write the checkpoint of the current step (main process only) and return its path."""
@@ -145,20 +153,21 @@ class Trainer:
         The policy given to the constructor already has the saved (averaged) weights.
         """
         try:
+            processes = load_training_num_processes(checkpoint)
             self.step, _, _ = load_training_state(checkpoint, self.optimizer, self.scheduler)
-        except NotADirectoryError:
+            if self.ema is not None:
+                self.ema.n_averaged.fill_(self.step)
+                load_model(self.policy, checkpoint / TRAINING_STATE_DIR / RAW_WEIGHTS_FILE)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(
-                f"{checkpoint} has no {TRAINING_STATE_DIR} folder; start a new run with --init-from."
+                f"The training state in {checkpoint} cannot be read ({' '.join(str(error).split())}); delete "
+                "that checkpoint to resume from the one before, or start a new run with --init-from."
             ) from None
-        processes = load_training_num_processes(checkpoint)
         if processes != self.accelerator.num_processes:
             raise UserError(
                 f"{checkpoint} was written by {processes} processes, not {self.accelerator.num_processes}; "
                 "resume with as many, or start a new run with --init-from."
             )
-        if self.ema is not None:
-            self.ema.n_averaged.fill_(self.step)
-            load_model(self.policy, checkpoint / TRAINING_STATE_DIR / RAW_WEIGHTS_FILE)
 
     def _write(self, folder: Path) -> None:
         shipped = self.ema.module if self.ema is not None else self.policy
@@ -191,9 +200,9 @@ class Trainer:
             dataset_hash=[dataset.hash for dataset in self.datasets],
             samples=self.step * self.samples_per_step,
             precision=self.precision,
-            init_from=str(config.init_from) if config.init_from else None,
+            init_from=config.init_from.name if config.init_from else None,
             init_from_hash=checkpoint_hash(config.init_from) if config.init_from else None,
-            train=config.to_json(),
+            recipe=config.recipe(),
         )
 
     def _stop_on_nan(self, batch: Batch, value: float) -> None:
@@ -204,13 +213,6 @@ class Trainer:
             f"The loss or its gradient became {value} at step {self.step} (batch in {path}); lower --lr, use "
             "--precision float32 or look for outliers in the dataset's actions and states."
         )
-
-    def _sum(self, values: dict[str, float]) -> dict[str, float]:
-        """Add up over processes."""
-        if self.accelerator.num_processes == 1:
-            return values
-        stacked = torch.tensor(list(values.values()), device=self.accelerator.device)
-        return dict(zip(values, self.accelerator.reduce(stacked, "sum").tolist(), strict=True))
 
 
 def split_frames(
