@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import LlamaConfig, LlamaModel, PreTrainedModel, Qwen2Config, Qwen2Model
 
 FAMILIES = {"llama": (LlamaConfig, LlamaModel), "qwen2": (Qwen2Config, Qwen2Model)}
@@ -11,6 +12,10 @@ def build_decoder(config, vocab_size: int) -> PreTrainedModel:
     """Build the decoder named by ``config.decoder`` from its sizes, with fresh weights.
 
     Its own `forward` is never called: `vla.policy.decoder.RoutedDecoder` walks its layers.
+
+    Hugging Face's initial deviation of 0.02 suits widths in the thousands; at width 128 it leaves every
+    layer nearly silent. Embeddings start at 1 because their mean is also the condition of every FiLM, which
+    learns in proportion to it.
     """
     config_class, model_class = FAMILIES[config.decoder]
     decoder_config = config_class(
@@ -20,7 +25,10 @@ def build_decoder(config, vocab_size: int) -> PreTrainedModel:
         num_hidden_layers=config.decoder_layers,
         num_attention_heads=config.decoder_heads,
         num_key_value_heads=config.decoder_kv_heads,
+        initializer_range=config.hidden_size**-0.5,
         use_cache=False,
     )
     decoder_config._attn_implementation = config.attention
-    return model_class(decoder_config)
+    decoder = model_class(decoder_config)
+    nn.init.normal_(decoder.embed_tokens.weight)
+    return decoder

@@ -30,19 +30,20 @@ class ConvStem(nn.Module):
         self.register_buffer("coordinates", grid[None], persistent=False)
         halvings = stride.bit_length() - 3
         widths = [width * 2**i for i in range(halvings)] + [dim]
-        convolutions = [nn.Conv2d(5, widths[0], 6, stride=4, padding=1)]
+        convolutions = [nn.Conv2d(3, widths[0], 6, stride=4, padding=1)]
         convolutions += [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths)]
         self.convolutions = nn.ModuleList(convolutions)
+        self.locate = nn.Conv2d(2, widths[0], 6, stride=4, padding=1, bias=False)
         self.norms = nn.ModuleList(nn.LayerNorm(w) for w in widths)
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) in [0, 1] to (N, (S / stride)^2, dim)."""
-        x = torch.cat([images * 4 - 2, self.coordinates.expand(len(images), -1, -1, -1)], dim=1)
-        x = x.contiguous(memory_format=torch.channels_last)
-        for i, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
-            x = norm(convolution(x).permute(0, 2, 3, 1))
-            if i < len(self.norms) - 1:
-                x = F.gelu(x).permute(0, 3, 1, 2)
+        x = (images * 4 - 2).contiguous(memory_format=torch.channels_last)
+        # A convolution is linear: the coordinate channels' share is the same for every image.
+        x = self.convolutions[0](x) + self.locate(self.coordinates)
+        x = self.norms[0](x.permute(0, 2, 3, 1))
+        for convolution, norm in zip(self.convolutions[1:], self.norms[1:], strict=True):
+            x = norm(convolution(F.gelu(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return x.flatten(1, 2)
 
 
