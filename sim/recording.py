@@ -191,6 +191,7 @@ def _encode(
                     histograms[name] = np.zeros((3, 256), np.int64)
                 container = containers[name]
                 container.mux(container.streams.video[0].encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+                _leave_real_time()
                 histograms[name] += [np.bincount(image[..., c].ravel(), minlength=256) for c in range(3)]
         for container in containers.values():
             container.mux(container.streams.video[0].encode())  # flush what the encoder holds back
@@ -198,6 +199,12 @@ def _encode(
         for container in containers.values():
             container.close()
     return histograms
+
+
+def _leave_real_time() -> None:
+    """Undo what SVT-AV1 does as root: the calling thread becomes SCHED_FIFO 99 and starves the machine."""
+    if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) == os.SCHED_FIFO:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _open_video(path: Path, shape: tuple[int, ...], settings: VideoSettings):
