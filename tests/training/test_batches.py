@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.sampler import EpisodeAwareSampler
@@ -20,10 +21,14 @@ def source(*roots, size=64, offsets=range(8), action_space=OSC_POSE_DELTA):
 
 
 def test_samples_equal_those_of_lerobot(video_dataset):
-    meta = LeRobotDataset(video_dataset.name, root=video_dataset).meta
+    meta = LeRobotDatasetMetadata(video_dataset.name, root=video_dataset)
     deltas = resolve_delta_timestamps(CogMergeConfig(device="cpu"), meta)
     lerobot = LeRobotDataset(
-        video_dataset.name, root=video_dataset, delta_timestamps=deltas, return_uint8=True
+        video_dataset.name,
+        root=video_dataset,
+        delta_timestamps=deltas,
+        return_uint8=True,
+        video_backend="pyav",
     )
     ours = source(video_dataset)
     assert len(ours) == len(lerobot)

@@ -28,7 +28,7 @@ def root(request):
 def test_cached_frames_equal_the_preprocessor_on_the_original_frames(root, size, tmp_path):
     dataset = open_demonstrations(root, action_space=OSC_POSE_DELTA)
     cache = open_frame_cache(dataset, size, folder=tmp_path, quiet=True)
-    original = LeRobotDataset(root.name, root=root)
+    original = LeRobotDataset(root.name, root=root, video_backend="pyav")
     resize = ResizeImagesStep(size=size)
     assert set(cache.cameras) == set(original.meta.camera_keys)
     frames = np.arange(0, len(dataset), 3)

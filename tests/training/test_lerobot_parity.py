@@ -27,7 +27,7 @@ def lerobot_train(config, root) -> list[dict[str, float]]:
     interface = open_demonstrations(root, action_space=config.action_space).interface
     policy_config = new_policy_config(config, interface, "cpu")
     pipeline = TrainPipelineConfig(
-        dataset=DatasetConfig(repo_id=root.name, root=str(root)),
+        dataset=DatasetConfig(repo_id=root.name, root=str(root), video_backend="pyav"),
         policy=policy_config,
         steps=config.steps,
         batch_size=config.batch_size,

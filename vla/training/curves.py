@@ -51,7 +51,8 @@ def _draw_success(axes, points: list[tuple[int, float, float, float]]) -> None:
         return
     right = axes.twinx()
     steps, rates, low, high = np.array(points).T
-    right.errorbar(steps, rates, yerr=[rates - low, high - rates], fmt="s", color="tab:green", capsize=3)
+    right.plot(steps, rates, "s", color="tab:green")
+    right.vlines(steps, low, high, color="tab:green")
     right.set(ylabel="success (95 % interval)", ylim=(0, 1))
     right.yaxis.label.set_color("tab:green")
 

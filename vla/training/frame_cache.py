@@ -22,14 +22,13 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as parquet
 import torch
 from lerobot.datasets.io_utils import load_nested_dataset
-from lerobot.datasets.video_utils import decode_video_frames, get_safe_default_video_backend
+from lerobot.datasets.video_utils import decode_video_frames
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -39,6 +38,7 @@ from vla.training.dataset import Demonstrations
 
 _FORMAT = 1
 _CHUNK = 64  # frames decoded at a time: 12 MB at 256x256
+_BACKEND = "pyav"  # bundles its FFmpeg, so that a cache is the same on every machine
 _TOLERANCE = 1e-4  # seconds between a frame and its timestamp, LeRobot's default
 _RESIDENT_LIMIT = 512 * 2**20
 
@@ -202,15 +202,10 @@ def _decode_range(dataset: Demonstrations, key: str, start: int, stop: int) -> t
     offset = dataset.meta.episodes[episode][f"videos/{key}/from_timestamp"]
     timestamps = (offset + dataset.timestamp[start:stop]).tolist()
     try:
-        return decode_video_frames(path, timestamps, _TOLERANCE, _video_backend(), return_uint8=True)
+        return decode_video_frames(path, timestamps, _TOLERANCE, _BACKEND, return_uint8=True)
     except (OSError, RuntimeError, ValueError, IndexError) as error:
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"The video {path} cannot be decoded ({message}); copy it again.") from error
-
-
-@cache
-def _video_backend() -> str:
-    return get_safe_default_video_backend()  # prints a page of warnings whenever torchcodec cannot load
 
 
 def _decode_images(dataset: Demonstrations, key: str, start: int) -> Iterator[torch.Tensor]:
