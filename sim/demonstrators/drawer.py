@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 from .grasp import GraspError, choose, search
+from .hand import FINGER_TIP
 from .joint import drag
-from .motion import CLOSE, DOWN, OPEN, UP, Actions, Tolerance, funnel, reach, servo
+from .motion import CLOSE, OPEN, Actions, Tolerance, funnel, leaning, reach, servo
 from .pick import close_gripper, open_gripper
 from .place import release
 from .scene import Cloud, Joint, Pose, Scene
@@ -18,6 +18,9 @@ HANDLE_DEPTH = 0.018
 
 TILTS = np.radians(np.arange(30, 91, 5))
 """How far the hand leans towards the front of the drawer; the gap behind a handle is too thin for less."""
+
+PUSHING_TILT = np.radians(60)
+"""Lean of the hand that pushes a drawer shut."""
 
 
 def outward(scene: Scene, name: str) -> tuple[Joint, np.ndarray]:
@@ -47,7 +50,8 @@ def open_drawer(
     others = scene.obstacles().points
     on_grip = (others @ direction) > (grip.points @ direction).min() - 1e-6
     on_grip &= np.all(np.abs(others - grip.points.mean(0)) < np.ptp(grip.points, axis=0) / 2 + 1e-3, axis=1)
-    found = search(grip, frame, others[~on_grip], _leaning(direction))
+    rotations = [(leaning(-direction, tilt, across=False), 0.3 * tilt) for tilt in TILTS]
+    found = search(grip, frame, others[~on_grip], rotations)
     if not found:
         raise GraspError(f"No hand pose can hold the handle of '{name}'.")
     grasp = choose(sorted(found, key=lambda g: g.cost), manner.grasp_spread, rng)
@@ -63,17 +67,11 @@ def open_drawer(
     yield from release(scene, manner)
 
 
-def _leaning(direction: np.ndarray) -> list[tuple[np.ndarray, float]]:
-    """Return hand rotations that reach against `direction`, the fingers one above the other."""
-    axis = np.cross(UP, direction)
-    yaw = np.arctan2(-direction[0], direction[1])
-    yaw = (yaw + np.pi / 2) % np.pi - np.pi / 2  # half a turn looks the same
-    upright = Rotation.from_rotvec(yaw * UP).as_matrix() @ DOWN
-    return [(Rotation.from_rotvec(tilt * axis).as_matrix() @ upright, 0.3 * tilt) for tilt in TILTS]
-
-
 def close_drawer(scene: Scene, name: str, manner: Manner) -> Actions:
-    """Push the drawer with region `name` shut with closed fingers."""
+    """Push the drawer with region `name` shut with closed fingers.
+
+    The hand leans in, its palm across, so that it stays clear of handles above and of the table.
+    """
     joint, direction = outward(scene, name)
     front = handle(scene, joint, direction)
     middle = (front.points.min(0) + front.points.max(0)) / 2
@@ -81,15 +79,18 @@ def close_drawer(scene: Scene, name: str, manner: Manner) -> Actions:
     contact = middle + direction * (outer - middle @ direction)
     relative = scene.body_pose(joint.body).inverse().apply(contact[None])[0]
 
+    facing = leaning(-direction, PUSHING_TILT, across=True)
+
     def target(ahead: float) -> Pose:
         at = scene.body_pose(joint.body).apply(relative[None])[0]
-        return Pose(at + direction * ahead - 0.005 * UP, DOWN)
+        return Pose(at + direction * ahead - FINGER_TIP * facing[:, 2], facing)
 
     def entry() -> Pose:
-        return funnel(scene.hand, target(0.06), -UP, manner.approach_height)
+        return funnel(scene.hand, target(0.03), facing[:, 2], manner.approach_height)
 
-    yield from reach(scene, entry, CLOSE, manner.limits, tolerance=Tolerance(0.012, 0.2))
-    for _ in range(120):
+    yield from reach(scene, entry, CLOSE, manner.limits, tolerance=Tolerance(0.012, 0.25))
+    for _ in range(80):
         if scene.holds(("close", name)):
             return
-        yield servo(scene.hand, target(-0.02), CLOSE, manner.limits)
+        yield servo(scene.hand, target(-0.04), CLOSE, manner.limits)
+    yield from release(scene, manner)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.spatial import cKDTree
-from scipy.spatial.transform import Rotation
 
 from .grasp import Grasp, GraspError, choose, search
 from .hand import FINGER_INNER, hand_meets
-from .motion import CLOSE, DOWN, OPEN, UP, Actions, Limits, Tolerance, funnel, reach, servo, stay
+from .motion import CLOSE, OPEN, UP, Actions, Limits, Tolerance, funnel, leaning, reach, servo, stay
 from .pick import holding, take
 from .place import Drop, carry_action, carry_height
 from .scene import Pose, Region, Scene
@@ -132,11 +131,7 @@ def plan_leaning(scene: Scene, name: str, goal: np.ndarray, out: np.ndarray) -> 
     """Return the grasps, best first, whose hand leans against `out` and is free at the goal as well."""
     shape, pose = scene.cloud(name), scene.pose(name)
     obstacles = scene.obstacles(name).points
-    side = np.cross(UP, out)
-    yaw = np.arctan2(-side[0], side[1])
-    yaw = (yaw + np.pi / 2) % np.pi - np.pi / 2
-    upright = Rotation.from_rotvec(yaw * UP).as_matrix() @ DOWN
-    rotations = [(Rotation.from_rotvec(tilt * side).as_matrix() @ upright, 0.0) for tilt in TILTS]
+    rotations = [(leaning(-out, tilt, across=True), 0.0) for tilt in TILTS]
     shift = goal - pose.position
     fits = []
     for grasp in sorted(search(shape, pose, obstacles, rotations), key=lambda grasp: grasp.cost):

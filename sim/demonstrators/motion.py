@@ -59,6 +59,18 @@ def turned(yaw: float, base: np.ndarray = DOWN) -> np.ndarray:
     return Rotation.from_rotvec([0.0, 0.0, yaw]).as_matrix() @ base
 
 
+def leaning(into: np.ndarray, tilt: float, *, across: bool) -> np.ndarray:
+    """Return a hand rotation (3, 3) whose fingers point down, leaning by `tilt` radians towards `into`.
+
+    The fingers close `across` the horizontal unit vector `into`, or else in the plane of lean.
+    """
+    side = np.cross(into, UP)
+    closing = side if across else into
+    yaw = np.arctan2(-closing[0], closing[1])
+    yaw = (yaw + np.pi / 2) % np.pi - np.pi / 2  # half a turn looks the same
+    return Rotation.from_rotvec(tilt * side).as_matrix() @ turned(yaw)
+
+
 def reach_tilt(base: np.ndarray, position: np.ndarray) -> np.ndarray:
     """Return the rotation (3, 3) that leans a vertical hand so that it can work at `position`.
 

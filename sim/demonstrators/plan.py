@@ -25,7 +25,8 @@ def bring(scene: Scene, predicate: tuple[str, ...], manner: Manner, rng: np.rand
     relation, name, target = predicate
     if relation == "in" and scene.is_drawer(target) and not scene.holds(("open", target)):
         yield from open_drawer(scene, target, manner, rng)
-    out = opening(scene, scene.region(target)) if scene.is_region(target) else None
+    inside = relation == "in" and scene.is_region(target)
+    out = opening(scene, scene.region(target)) if inside else None
     if out is not None:
         yield from insert(scene, name, target, out, manner, rng)
         return

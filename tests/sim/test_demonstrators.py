@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
+
+from vla.errors import UserError
 from vla.sim.demonstrators import CLEAN, DEFAULT, Demonstrator, demonstrate
 from vla.sim.demonstrators.grasp import plan_grasps, search
 from vla.sim.demonstrators.hand import hand_meets
@@ -19,8 +21,6 @@ from vla.sim.demonstrators.style import ActionNoise
 from vla.sim.demonstrators.table import DemonstratorTableConfig, Row, demonstrator_table, summarise
 from vla.sim.episode import Episode, demonstration_seed
 from vla.sim.simulation import LiberoSimulation
-
-from vla.errors import UserError
 
 SUITE, TASK = "libero_object", 0
 FREE = np.zeros((0, 3))
@@ -181,7 +181,7 @@ def test_a_block_wider_than_the_hand_has_no_grasp():
 
 def test_grasps_keep_clear_of_a_wall():
     bar = box_samples(np.array([0.02, 0.01, 0.03]))
-    wall = box_samples(np.array([0.1, 0.005, 0.1])).points + [0.0, 0.03, 0.0]
+    wall = box_samples(np.array([0.1, 0.005, 0.1])).points + np.array([0.0, 0.03, 0.0])
     identity = Pose(np.zeros(3), np.eye(3))
     assert search(bar, identity, FREE, [(turned(0.0), 0.0)])
     assert not search(bar, identity, wall, [(turned(0.0), 0.0)])
