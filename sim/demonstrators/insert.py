@@ -13,7 +13,7 @@ from .place import Drop, carry_action, carry_height
 from .scene import Pose, Region, Scene
 from .style import Manner
 
-TILTS = np.radians([45, 55, 65, 75, 85])
+TILTS = np.radians([40, 50, 60, 70, 80, 90])
 """How far the hand leans into the compartment."""
 
 AIR = 0.006
@@ -87,9 +87,12 @@ def _slide_in(
 ) -> Actions:
     """Move the held entity's origin to `goal` along the line that leads in; give up when stuck."""
     limits = Limits(speed=0.6 * manner.limits.speed)
+    nearest, since = np.inf, 0
     for _ in range(90):
         hand, origin = scene.hand, scene.pose(name).position
-        if np.linalg.norm(goal - origin) < 0.008 or not holding(scene, name):
+        left = float(np.linalg.norm(goal - origin))
+        nearest, since = (left, 0) if left < nearest - 0.002 else (nearest, since + 1)
+        if left < 0.008 or since > 8 or not holding(scene, name):
             return
         inside = Pose(hand.position + goal - origin, drop.facing)
         length = float((drop.origin - goal) @ out)
@@ -102,7 +105,7 @@ def inner_goal(scene: Scene, name: str, region: Region, out: np.ndarray) -> np.n
     walls = scene.obstacles(name).points
     walls = walls[np.linalg.norm(walls - region.pose.position, axis=1) < 0.4]
     centre, half = region.pose.position, region.extent()
-    under = np.all(np.abs((walls - centre)[:, :2]) < 0.6 * half[:2], axis=1) & (walls[:, 2] < centre[2])
+    under = np.all(np.abs((walls - centre)[:, :2]) < 0.25 * half[:2], axis=1) & (walls[:, 2] < centre[2])
     floor = walls[under, 2].max()
     depth = (half @ np.abs(out)) - (shape @ out).max()
     side = np.abs(np.cross(UP, out))

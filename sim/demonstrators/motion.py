@@ -119,13 +119,15 @@ def funnel(current: Pose, target: Pose, approach: np.ndarray, height: float) -> 
 
     The hand is held back by up to `height` in proportion to how far it is off the approach line and how
     wrongly it is turned: far away it aims above the target, on the line it goes in. Memoryless, so a push
-    off the line simply lifts the hand again.
+    off the line simply lifts the hand again. A hand that is much too low goes back before it goes sideways.
     """
     offset = current.position - target.position
-    sideways = np.linalg.norm(offset - approach * (offset @ approach))
+    sideways = offset - approach * (offset @ approach)
     angle = np.linalg.norm(rotation_error(target.rotation, current.rotation))
-    error = max(0.0, sideways - 0.008) + 0.12 * max(0.0, angle - 0.08)
-    return Pose(target.position - approach * min(height, 3.0 * error), target.rotation)
+    error = max(0.0, np.linalg.norm(sideways) - 0.008) + 0.12 * max(0.0, angle - 0.08)
+    held_back = min(height, 3.0 * error)
+    behind = np.clip((-(offset @ approach) - held_back + 0.08) / 0.05, 0.0, 1.0)
+    return Pose(target.position - approach * held_back + (1.0 - behind) * sideways, target.rotation)
 
 
 def reach(

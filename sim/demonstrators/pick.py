@@ -5,12 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from .grasp import Grasp
+from .hand import FINGER_TIP
 from .motion import CLOSE, OPEN, UP, Actions, Tolerance, funnel, reach, rotation_error, stay
-from .scene import Pose, Scene
+from .scene import Pose, Scene, corridor
 from .style import Manner
 
 TOPPLED = 0.2
 """Radians by which an object may turn before its grasp is planned anew."""
+
+HAND_RADIUS = 0.06
+"""Metres around its axis that the lower part of the hand needs on its way."""
 
 
 def holding(scene: Scene, name: str) -> bool:
@@ -36,6 +40,18 @@ def close_gripper(scene: Scene, target: Pose, manner: Manner, most: int = 12) ->
         yield from stay(scene, lambda: target, CLOSE, manner.limits, 1)
 
 
+def clear_height(scene: Scene, name: str, target: Pose, height: float) -> float:
+    """Return how high above `target` the hand must line up: `height`, or more if something is in its way."""
+    points, start = scene.obstacles(name).points, scene.hand.position
+    goal = target.position - height * target.rotation[:, 2]
+    along, aside = corridor(points, start, goal)
+    lowest = start[2] + along * (goal[2] - start[2]) - FINGER_TIP - 0.01
+    blocking = points[(aside < HAND_RADIUS) & (along < 0.9) & (points[:, 2] > lowest)]
+    if not len(blocking):
+        return height
+    return max(height, float(blocking[:, 2].max() + FINGER_TIP + 0.02 - target.position[2]))
+
+
 def take(scene: Scene, name: str, grasp: Grasp, manner: Manner, lift: float = 0.03) -> Actions:
     """Grasp the entity `name` and lift it by `lift`; the caller checks `holding` and may try again."""
     planned = scene.pose(name).rotation
@@ -43,9 +59,11 @@ def take(scene: Scene, name: str, grasp: Grasp, manner: Manner, lift: float = 0.
     def toppled() -> bool:
         return float(np.linalg.norm(rotation_error(scene.pose(name).rotation, planned))) > TOPPLED
 
+    height = clear_height(scene, name, grasp.hand(scene.pose(name)), manner.approach_height)
+
     def entry() -> Pose:
         target = grasp.hand(scene.pose(name))
-        return funnel(scene.hand, target, target.rotation[:, 2], manner.approach_height)
+        return funnel(scene.hand, target, target.rotation[:, 2], height)
 
     yield from open_gripper(scene, manner)
     yield from reach(scene, entry, OPEN, manner.limits, until=toppled, tolerance=Tolerance(0.006, 0.08))

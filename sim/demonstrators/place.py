@@ -9,7 +9,7 @@ import numpy as np
 from .hand import hand_meets
 from .motion import CLOSE, OPEN, Actions, Limits, Tolerance, reach, reach_tilt, servo, stay
 from .pick import holding
-from .scene import Pose, Scene
+from .scene import Pose, Scene, corridor
 from .style import Manner
 
 CELL = 0.006
@@ -101,9 +101,7 @@ def carry_height(scene: Scene, name: str, goal: np.ndarray, clearance: float) ->
     obstacles, shape = scene.obstacles(name).points, scene.cloud(name).points
     start = scene.pose(name).position
     radius = np.linalg.norm(shape[:, :2] - start[:2], axis=1).max() + 0.02
-    way = goal[:2] - start[:2]
-    along = ((obstacles[:, :2] - start[:2]) @ way / max(way @ way, 1e-9)).clip(0, 1)
-    aside = np.linalg.norm(obstacles[:, :2] - start[:2] - along[:, None] * way, axis=1)
+    _, aside = corridor(obstacles, start, goal)
     highest = obstacles[aside < radius, 2].max(initial=-np.inf)
     hang = scene.hand.position[2] - shape[:, 2].min()
     return float(highest + clearance + hang)
@@ -145,5 +143,11 @@ def release(scene: Scene, manner: Manner, back: float = 0.08) -> Actions:
     """Open the gripper and draw the hand back along its own axis."""
     here = scene.hand
     yield from stay(scene, lambda: here, OPEN, manner.limits, 5)
+    yield from withdraw(scene, manner, back)
+
+
+def withdraw(scene: Scene, manner: Manner, back: float = 0.08) -> Actions:
+    """Draw the open hand back along its own axis."""
+    here = scene.hand
     away = Pose(here.position - back * here.rotation[:, 2], here.rotation)
     yield from reach(scene, lambda: away, OPEN, manner.limits, tolerance=Tolerance(0.02, 0.3), patience=20)

@@ -11,7 +11,7 @@ from .insert import insert, opening
 from .knob import turn_knob
 from .motion import Actions
 from .pick import holding, take
-from .place import destination, place
+from .place import destination, place, withdraw
 from .push import push
 from .scene import Scene
 from .style import Manner
@@ -68,11 +68,25 @@ SKILLS = {
 ORDER = ("turnon", "turnoff", "open", "on", "in", "close")
 """Predicates are made true in this order: containers are filled before they are closed."""
 
+PATIENCE = 5
+"""How often a demonstrator draws back and looks again when it finds no grasp: things may still be moving."""
+
 
 def fulfil(scene: Scene, manner: Manner, rng: np.random.Generator) -> Actions:
-    """Make the predicates of the goal true one after the other, again and again until all hold."""
+    """Make the predicates of the goal true one after the other, again and again until all hold.
+
+    Raises `GraspError` when something cannot be held, also on second thoughts.
+    """
     ordered = sorted(scene.goal, key=lambda predicate: ORDER.index(predicate[0]))
+    refusals = 0
     while True:
         for predicate in ordered:
-            if not scene.holds(predicate):
+            if scene.holds(predicate):
+                continue
+            try:
                 yield from SKILLS[predicate[0]](scene, predicate, manner, rng)
+            except GraspError:
+                refusals += 1
+                if refusals > PATIENCE:
+                    raise
+                yield from withdraw(scene, manner)

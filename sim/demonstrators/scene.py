@@ -100,6 +100,13 @@ def box_samples(half: np.ndarray, spacing: float = SPACING) -> Cloud:
     return Cloud.union(clouds)
 
 
+def corridor(points: np.ndarray, start: np.ndarray, goal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return how far along (0 to 1) and how far aside (metres) of the level way each point (n, 3) is."""
+    way = goal[:2] - start[:2]
+    along = ((points[:, :2] - start[:2]) @ way / max(way @ way, 1e-9)).clip(0, 1)
+    return along, np.linalg.norm(points[:, :2] - start[:2] - along[:, None] * way, axis=1)
+
+
 class Scene:
     """Privileged, always current view of a simulation.
 
