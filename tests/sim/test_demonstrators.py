@@ -181,7 +181,7 @@ def test_a_block_wider_than_the_hand_has_no_grasp():
 
 def test_grasps_keep_clear_of_a_wall():
     bar = box_samples(np.array([0.02, 0.01, 0.03]))
-    wall = box_samples(np.array([0.1, 0.005, 0.1])).points + np.array([0.0, 0.03, 0.0])
+    wall = box_samples(np.array([0.1, 0.005, 0.1])).points + np.array([0.0, 0.05, 0.0])
     identity = Pose(np.zeros(3), np.eye(3))
     assert search(bar, identity, FREE, [(turned(0.0), 0.0)])
     assert not search(bar, identity, wall, [(turned(0.0), 0.0)])
