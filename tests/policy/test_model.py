@@ -137,3 +137,22 @@ def test_nano_is_about_two_million_parameters_and_fits_the_package(make_config):
     policy = CogMergePolicy(make_config(**NANO))
     count = sum(p.numel() for p in policy.parameters())
     assert 1.5e6 < count < 3e6 and count * 4 < 16e6
+
+
+def test_aggregation_tokens_start_from_their_own_region(make_config):
+    """Before any block, brightening one corner moves only that corner's token (4 tokens on a 2 x 2 grid)."""
+    from vla.policy.vision import AggregationEncoder
+
+    torch.manual_seed(0)
+    encoder = AggregationEncoder(2, 4, make_config(), condition_dim=32)
+    assert encoder.regions == (2, 2)
+    for block in encoder.blocks:  # residual branches off: what remains is where the tokens start
+        for layer in (block.out, block.mlp[-1]):
+            torch.nn.init.zeros_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
+    images = torch.rand(1, 2, 3, 32, 32)
+    brighter = images.clone()
+    brighter[:, 0, :, :12, :12] += 0.5
+    condition = torch.zeros(1, 32)
+    moved = (encoder(brighter, condition) - encoder(images, condition)).abs().amax(-1)[0] > 1e-5
+    assert moved.tolist() == [True] + [False] * 7

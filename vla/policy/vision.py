@@ -6,6 +6,7 @@ Per camera, P patch tokens enter and A learned aggregation tokens leave (arXiv 2
 from __future__ import annotations
 
 from itertools import pairwise
+from math import isqrt
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,9 @@ class AggregationEncoder(nn.Module):
     """One vision encoder: stem, position and camera embeddings, FiLM-ed blocks, A aggregation tokens out.
 
     The cameras of a sample go through as extra batch entries, in one call. The last block computes only
-    the aggregation rows: nothing else leaves.
+    the aggregation rows: nothing else leaves. Each aggregation token starts as a learned vector plus the
+    mean patch of its own region of the image. The paper starts from the vector alone, which suits a
+    pretrained encoder; from scratch, tokens that start equal for every image first have to learn to look.
     """
 
     def __init__(self, cameras: int, stride: int, config, condition_dim: int):
@@ -97,7 +100,8 @@ class AggregationEncoder(nn.Module):
         self.tokens = config.aggregation_tokens
         self.stem = ConvStem(config.image_size, stride, config.stem_width, dim)
         self.position = nn.Parameter(torch.randn(self.grid**2, dim) * 0.02)
-        self.aggregation = nn.Parameter(torch.randn(self.tokens, dim))
+        self.regions = _near_square(self.tokens)
+        self.aggregation = nn.Parameter(torch.randn(self.tokens, dim) * 0.1)
         self.camera = nn.Parameter(torch.randn(cameras, 1, dim) * 0.02)
         self.blocks = nn.ModuleList(
             VisionBlock(dim, config.vision_heads, condition_dim) for _ in range(config.vision_layers)
@@ -108,7 +112,8 @@ class AggregationEncoder(nn.Module):
         """(B, I, 3, S, S) and (B, condition_dim) to (B, I * A, dim); see `VisionTower` for `trace`."""
         batch, cameras = images.shape[:2]
         patches = self.stem(images.flatten(0, 1)) + self.position
-        tokens = self.aggregation.to(patches.dtype).expand(batch * cameras, -1, -1)
+        grid = patches.transpose(1, 2).unflatten(-1, (self.grid, self.grid))
+        tokens = self.aggregation + F.adaptive_avg_pool2d(grid, self.regions).flatten(2).transpose(1, 2)
         # Aggregation tokens first: the last block then updates a leading slice.
         x = torch.cat([tokens, patches], dim=1)
         x = (x.unflatten(0, (batch, cameras)) + self.camera).flatten(0, 1)
@@ -120,6 +125,12 @@ class AggregationEncoder(nn.Module):
             trace["patch_weights"] = over_patches.reshape(batch, cameras, self.tokens, self.grid, self.grid)
         x = self.norm(self.blocks[-1](x, condition, rows=self.tokens))
         return x.reshape(batch, cameras * self.tokens, -1)
+
+
+def _near_square(count: int) -> tuple[int, int]:
+    """Rows and columns of the squarest grid of `count` cells: 16 is 4 x 4, 12 is 3 x 4."""
+    rows = max(r for r in range(1, isqrt(count) + 1) if count % r == 0)
+    return rows, count // rows
 
 
 class VisionTower(nn.Module):
