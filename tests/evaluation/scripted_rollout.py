@@ -8,12 +8,12 @@ import hashlib
 import os
 import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from vla.contract import OSC_POSE_DELTA, PolicyContract
+from vla.contract import PolicyContract
 from vla.errors import UserError
 from vla.policy.routing_report import RoutingReport
 from vla.sim.simulation import SimulationError, sim_interface
@@ -28,7 +28,7 @@ class ScriptedSource:
 
     skill: float = 0.5
     label: str = "scripted policy"
-    image_size: int = SIZE
+    control_rate: float = 20.0
     bad_action: float | None = None
 
     @property
@@ -37,8 +37,7 @@ class ScriptedSource:
 
     @property
     def contract(self):
-        interface = sim_interface(self.image_size)
-        assert interface.action_space == OSC_POSE_DELTA
+        interface = replace(sim_interface(SIZE), control_rate=self.control_rate)
         return PolicyContract(interface, CHUNK, CHUNK, {}, {})
 
     @property
