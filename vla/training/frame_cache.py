@@ -83,6 +83,7 @@ class LiveFrames:
     def __init__(self, dataset: Demonstrations, size: int):
         self._dataset, self._size = dataset, size
         self._rows = load_nested_dataset(dataset.root / "data") if dataset.meta.image_keys else None
+        self._pool = ThreadPoolExecutor()  # decoders release the interpreter's lock
 
     def gather(self, frames: np.ndarray) -> dict[str, np.ndarray]:
         """Like `FrameCache.gather`."""
@@ -90,11 +91,11 @@ class LiveFrames:
 
     def _decode(self, key: str, frames: np.ndarray) -> np.ndarray:
         if self._dataset.info["features"][key]["dtype"] == "video":
-            images = torch.cat([_decode_range(self._dataset, key, i, i + 1) for i in frames.tolist()])
+            images = self._pool.map(lambda i: _decode_range(self._dataset, key, i, i + 1)[0], frames.tolist())
         else:
             cells = self._rows.data.column(key).take(frames).to_pylist()
-            images = torch.stack([_decode_image(self._dataset.root, cell) for cell in cells])
-        return resize_area(images, self._size).permute(0, 2, 3, 1).numpy()
+            images = self._pool.map(lambda cell: _decode_image(self._dataset.root, cell), cells)
+        return resize_area(torch.stack(list(images)), self._size).permute(0, 2, 3, 1).numpy()
 
 
 def open_frame_cache(
