@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .hand import FINGER_TIP
+from .hand import CLOSED_RADIUS, FINGER_TIP
 from .motion import CLOSE, DOWN, UP, Actions, Tolerance, funnel, reach, servo
-from .push import TIP_RADIUS
 from .scene import Pose, Scene
 from .style import Manner
 
@@ -54,7 +53,7 @@ def _contact(scene: Scene, name: str) -> tuple[np.ndarray, np.ndarray]:
     strip = np.abs(local @ radial - REACH_ALONG * width) < 0.02
     outer = (local[strip] @ inward).min()
     top = door[strip, 2].max()
-    at = joint.anchor + REACH_ALONG * width * radial + (outer - TIP_RADIUS) * inward
+    at = joint.anchor + REACH_ALONG * width * radial + (outer - CLOSED_RADIUS) * inward
     at[2] = top - GRIP_DEPTH + FINGER_TIP
     body = scene.body_pose(joint.body)
     return body.inverse().apply(at[None])[0], body.rotation.T @ inward

@@ -31,6 +31,9 @@ CLEARANCES = (0.004, 0.002, 0.0)
 MARGIN = 0.004
 """Metres of air between an open finger and the object's near side."""
 
+STEEPEST = 0.75
+"""Largest `GraspCost.slant` of a grasp: 1 minus the cosine between contact normal and closing axis."""
+
 YAWS = np.radians(np.arange(-90, 90, 15))
 """Hand yaws to try, relative to the start yaw; the gripper looks the same after half a turn."""
 
@@ -148,7 +151,7 @@ def _with_rotation(
         if not column.any():
             continue
         top = body[column, 2].min()  # z points down: the smallest is the highest
-        for depth in np.arange(top + 0.004, min(body[column, 2].max(), top + 0.06) + 0.006, 0.006):
+        for depth in _depths(top, body[column, 2].max()):
             for centre, width, terms in _centred(
                 body[column], normals[column], fingers, palm, depth, clearance
             ):
@@ -165,6 +168,11 @@ def _with_rotation(
                 hand = Pose(rotation @ grasp, rotation)
                 found.append(Grasp(object_pose.inverse() @ hand, width, total + cost.off_centre * away))
     return found
+
+
+def _depths(top: float, bottom: float) -> np.ndarray:
+    """Return the depths of the grip site to try: the first holds only the upper edge (the rim of a plate)."""
+    return np.append(top - 0.001, np.arange(top + 0.004, min(bottom, top + 0.06) + 0.006, 0.006))
 
 
 def _columns(body: np.ndarray, blocked: np.ndarray, side: float, half: float) -> np.ndarray:
@@ -213,7 +221,7 @@ def _centred(
             slant = 1.0 - min(along[right].max(), (-along[left]).max())
             covered = min(np.ptp(z[right]), np.ptp(z[left])) / (PAD[1] - PAD[0])
             lopsided = abs(centre - (low + high) / 2) / 0.02
-            if slant < 0.5:
+            if slant < STEEPEST:
                 found.append((centre, high - low, (slant, 1.0 - covered, lopsided)))
             break
     return list(dict.fromkeys(found))

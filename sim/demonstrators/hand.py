@@ -17,6 +17,9 @@ FINGER_HALF_WIDTH = 0.0105
 FINGER_TIP = 0.0092
 PAD = (-0.0117, 0.0043)
 PAD_HALF_WIDTH = 0.008
+CLOSED_RADIUS = 0.021
+"""Half the thickness of the closed fingertips, with a little air."""
+
 PALM_HALF = (0.104, 0.033)
 PALM_FRONT = -0.031
 PALM_BACK = -0.16

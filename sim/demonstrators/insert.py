@@ -8,7 +8,7 @@ from scipy.spatial import cKDTree
 from .grasp import Grasp, GraspError, choose, search
 from .hand import FINGER_INNER, hand_meets
 from .motion import CLOSE, OPEN, UP, Actions, Limits, Tolerance, funnel, leaning, reach, servo, stay
-from .pick import holding, take
+from .pick import Hold, holding, take
 from .place import Drop, carry_action, carry_height
 from .scene import Pose, Region, Scene
 from .style import Manner
@@ -75,9 +75,10 @@ def insert(
 
 
 def _while_held(scene: Scene, name: str, drop: Drop, height: float, manner: Manner) -> Actions:
+    hold = Hold(scene, name)
     for _ in range(160):
         apart = np.linalg.norm(scene.pose(name).position - drop.origin)
-        if apart < 0.012 or not holding(scene, name):
+        if apart < 0.012 or hold.lost():
             return
         yield carry_action(scene, name, drop, height, manner.limits)
 
@@ -88,11 +89,12 @@ def _slide_in(
     """Move the held entity's origin to `goal` along the line that leads in; give up when stuck."""
     limits = Limits(speed=0.6 * manner.limits.speed)
     nearest, since = np.inf, 0
+    hold = Hold(scene, name)
     for _ in range(90):
         hand, origin = scene.hand, scene.pose(name).position
         left = float(np.linalg.norm(goal - origin))
         nearest, since = (left, 0) if left < nearest - 0.002 else (nearest, since + 1)
-        if left < 0.008 or since > 8 or not holding(scene, name):
+        if left < 0.008 or since > 8 or hold.lost():
             return
         inside = Pose(hand.position + goal - origin, drop.facing)
         length = float((drop.origin - goal) @ out)

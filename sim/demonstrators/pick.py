@@ -29,12 +29,26 @@ def holding(scene: Scene, name: str) -> bool:
     return touched == {1, 2}
 
 
-def close_gripper(scene: Scene, target: Pose, manner: Manner, most: int = 12) -> Actions:
-    """Close until the fingers stop moving."""
-    previous = np.inf
+class Hold:
+    """Notices when a held entity is lost: not held for several steps in a row (contacts flicker)."""
+
+    def __init__(self, scene: Scene, name: str, patience: int = 4) -> None:
+        self._scene, self._name, self._patience = scene, name, patience
+        self._missed = 0
+
+    def lost(self) -> bool:
+        """Look once per step; return whether the entity has slipped away."""
+        self._missed = 0 if holding(self._scene, self._name) else self._missed + 1
+        return self._missed >= self._patience
+
+
+def close_gripper(scene: Scene, target: Pose, manner: Manner, most: int = 18) -> Actions:
+    """Close until the fingers have stopped moving, so that they press before anything is lifted."""
+    previous, still = np.inf, 0
     for step in range(most):
         width = scene.gripper_width
-        if step > 3 and previous - width < 3e-4:
+        still = still + 1 if previous - width < 3e-4 else 0
+        if step > 3 and still >= 2:
             return
         previous = width
         yield from stay(scene, lambda: target, CLOSE, manner.limits, 1)

@@ -8,7 +8,7 @@ import numpy as np
 
 from .hand import hand_meets
 from .motion import CLOSE, OPEN, Actions, Limits, Tolerance, reach, reach_tilt, servo, stay
-from .pick import holding
+from .pick import Hold
 from .scene import Pose, Scene, corridor
 from .style import Manner
 
@@ -129,8 +129,9 @@ def place(scene: Scene, name: str, predicate: str, target: str, manner: Manner) 
     """
     drop = plan_drop(scene, name, predicate, target, manner)
     height = carry_height(scene, name, drop.origin, manner.carry_clearance)
+    hold = Hold(scene, name)
     for _ in range(160):
-        if not holding(scene, name):
+        if hold.lost():
             return
         error = drop.origin - scene.pose(name).position
         if np.linalg.norm(error[:2]) < 0.012 and abs(error[2]) < 0.008:

@@ -12,16 +12,12 @@ from .knob import turn_knob
 from .motion import Actions
 from .pick import holding, take
 from .place import destination, place, withdraw
-from .push import push
 from .scene import Scene
 from .style import Manner
 
 
 def bring(scene: Scene, predicate: tuple[str, ...], manner: Manner, rng: np.random.Generator) -> Actions:
-    """Pick the first argument of ``in`` or ``on`` and place it at the second.
-
-    What cannot be grasped but belongs somewhere on the work surface is pushed.
-    """
+    """Pick the first argument of ``in`` or ``on`` and place it at the second."""
     relation, name, target = predicate
     if relation == "in" and scene.is_drawer(target) and not scene.holds(("open", target)):
         yield from open_drawer(scene, target, manner, rng)
@@ -31,13 +27,7 @@ def bring(scene: Scene, predicate: tuple[str, ...], manner: Manner, rng: np.rand
         yield from insert(scene, name, target, out, manner, rng)
         return
     goal, _ = destination(scene, relation, target)
-    try:
-        grasps = plan_grasps(scene, name, destination=goal)
-    except GraspError:
-        if scene.is_region(target) and scene.region(target).parent is None:
-            yield from push(scene, name, predicate, goal, manner)
-            return
-        raise
+    grasps = plan_grasps(scene, name, destination=goal)
     yield from take(scene, name, choose(grasps, manner.grasp_spread, rng), manner)
     if holding(scene, name):
         yield from place(scene, name, relation, target, manner)
