@@ -474,6 +474,8 @@ def _build_domain(bddl_path: str):
     )
     _forget_parsed_scene()
     _return_freed_memory()
+    # A reset hides the gripper's coloured markers; building leaves them in the picture.
+    domain.visualize(vis_settings={name: False for name in domain._visualizations})
     return domain
 
 

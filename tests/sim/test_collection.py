@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from vla.contract import Interface
 from vla.errors import UserError
-from vla.sim import LiberoSimulation, sim_interface
+from vla.sim import sim_interface
 from vla.sim.collection import CollectConfig, collect, parse_indices
 from vla.sim.collection_workers import AttemptSchedule
 from vla.sim.recording import Recording, render
@@ -81,34 +81,38 @@ def test_statistics_are_those_of_all_frames(dataset):
     assert np.shape(image["q50"]) == (3, 1, 1)
 
 
-def test_frames_can_be_drawn_again_identically(dataset):
-    """A fresh simulation draws from the recorded states what a live replay of the actions shows."""
+def test_frames_can_be_drawn_again_identically(dataset, simulation_factory):
+    """Drawing from the recorded states shows what a live replay of the actions shows."""
     recording = Recording.load(dataset / "simulator" / "episode_000000.safetensors")
     encoded = video_frames(videos(dataset, "image")[0])
-    with LiberoSimulation("libero_object", 0, image_size=SIZE) as sim:
-        drawn = list(render(recording, sim))
-        assert len(drawn) == len(recording.executed)
-        sim.reset(recording.episode)
-        for step, action in enumerate(recording.executed):
-            np.testing.assert_array_equal(sim.sim_state(), recording.states[step])
-            if step % 20 == 0:
-                for name, image in sim.images().items():
-                    np.testing.assert_array_equal(image, drawn[step][name])
-            error = drawn[step]["image"].astype(float) - encoded[step]
-            assert 10 * np.log10(255**2 / np.mean(error**2)) > 28  # and the video shows the same moment
-            success = sim.step(action)
-        assert success
-    with LiberoSimulation("libero_object", 0, image_size=96) as sim:
-        assert next(render(recording, sim))["image2"].shape == (96, 96, 3)
+    sim = simulation_factory("libero_object", 0, image_size=SIZE)
+    drawn = list(render(recording, sim))
+    assert len(drawn) == len(recording.executed)
+    sim.reset(recording.episode)
+    for step, action in enumerate(recording.executed):
+        np.testing.assert_array_equal(sim.sim_state(), recording.states[step])
+        if step % 20 == 0:
+            for name, image in sim.images().items():
+                np.testing.assert_array_equal(image, drawn[step][name])
+        error = drawn[step]["image"].astype(float) - encoded[step]
+        assert 10 * np.log10(255**2 / np.mean(error**2)) > 28  # and the video shows the same moment
+        success = sim.step(action)
+    assert success
 
 
-def test_parquet_holds_what_the_simulator_held(dataset):
+def test_frames_can_be_drawn_at_another_size(dataset, simulation_factory):
+    recording = Recording.load(dataset / "simulator" / "episode_000000.safetensors")
+    sim = simulation_factory("libero_object", 0, image_size=96)
+    assert next(render(recording, sim))["image2"].shape == (96, 96, 3)
+
+
+def test_parquet_holds_what_the_simulator_held(dataset, simulation_factory):
     recording = Recording.load(dataset / "simulator" / "episode_000001.safetensors")
     table = pq.read_table(dataset / "data/chunk-000/file-000.parquet").to_pydict()
     rows = [i for i, episode in enumerate(table["episode_index"]) if episode == 1]
-    with LiberoSimulation("libero_object", 0) as sim:
-        sim.set_sim_state(recording.states[7])
-        np.testing.assert_array_equal(sim.state(), np.float32(table["observation.state"][rows[7]]))
+    sim = simulation_factory("libero_object", 0, image_size=96)
+    sim.set_sim_state(recording.states[7])
+    np.testing.assert_array_equal(sim.state(), np.float32(table["observation.state"][rows[7]]))
     clean = np.array([table["action"][i] for i in rows], np.float32)
     moved = np.any(clean != recording.executed, axis=1)
     assert 0 < moved.mean() < 1  # noise in bursts; labels stay clean
