@@ -4,7 +4,7 @@ A worker imports this module, so it needs no torch and no LeRobot. A demonstrati
 
     attempt.json            success, steps, seeds; the only file of a failed attempt
     frames.safetensors      state (T, 8) and action (T, 7) float32, colour histograms per camera
-    simulator.safetensors   simulator state (T, n) float64 before every action, executed actions (T, 7)
+    simulator.safetensors   simulator states (T, n) before every action, executed actions (T, 7), float64
     <camera>.mp4            one video per camera
 
 that appears under its name only when it is complete.
@@ -64,14 +64,14 @@ class Trace:
         self.simulator.append(sim.sim_state())
         self.state.append(sim.state())
         self.action.append(np.array(action, np.float32))
-        self.executed.append(np.array(executed, np.float32))
+        self.executed.append(np.array(executed, np.float64))  # replaying needs every digit
 
 
 @dataclass(frozen=True)
 class Recording:
     """The simulator's side of one demonstration: enough to draw every frame again at any size.
 
-    `states` is (T, n) float64, `executed` (T, 7) float32.
+    `states` is (T, n), `executed` (T, 7), both float64.
     """
 
     episode: Episode
