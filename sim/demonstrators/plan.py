@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from .door import close_door
@@ -12,6 +14,7 @@ from .knob import turn_knob
 from .motion import Actions
 from .pick import holding, take
 from .place import destination, place, withdraw
+from .push import is_flat, push
 from .scene import Scene
 from .style import Manner
 
@@ -27,8 +30,12 @@ def bring(scene: Scene, predicate: tuple[str, ...], manner: Manner, rng: np.rand
         yield from insert(scene, name, target, out, manner, rng)
         return
     goal, _ = destination(scene, relation, target)
-    grasps = plan_grasps(scene, name, destination=goal)
-    yield from take(scene, name, choose(grasps, manner.grasp_spread, rng), manner)
+    if scene.on_surface(target) and is_flat(scene, name):
+        yield from push(scene, name, predicate, goal, manner)
+        yield from withdraw(scene, manner)
+        return
+    grasp = choose(plan_grasps(scene, name, destination=goal), manner.grasp_spread, rng)
+    yield from take(scene, name, grasp, manner)
     if holding(scene, name):
         yield from place(scene, name, relation, target, manner)
 
@@ -61,6 +68,13 @@ ORDER = ("turnon", "turnoff", "open", "on", "in", "close")
 PATIENCE = 5
 """How often a demonstrator draws back and looks again when it finds no grasp: things may still be moving."""
 
+RETRY_SPREAD = 0.1
+"""How much more a grasp may cost at every new try, so that what has failed is not repeated for ever."""
+
+
+def _bolder(manner: Manner, tries: int) -> Manner:
+    return replace(manner, grasp_spread=manner.grasp_spread + RETRY_SPREAD * tries)
+
 
 def fulfil(scene: Scene, manner: Manner, rng: np.random.Generator) -> Actions:
     """Make the predicates of the goal true one after the other, again and again until all hold.
@@ -68,13 +82,15 @@ def fulfil(scene: Scene, manner: Manner, rng: np.random.Generator) -> Actions:
     Raises `GraspError` when something cannot be held, also on second thoughts.
     """
     ordered = sorted(scene.goal, key=lambda predicate: ORDER.index(predicate[0]))
+    tries = dict.fromkeys(ordered, 0)
     refusals = 0
     while True:
         for predicate in ordered:
             if scene.holds(predicate):
                 continue
             try:
-                yield from SKILLS[predicate[0]](scene, predicate, manner, rng)
+                yield from SKILLS[predicate[0]](scene, predicate, _bolder(manner, tries[predicate]), rng)
+                tries[predicate] += 1
             except GraspError:
                 refusals += 1
                 if refusals > PATIENCE:

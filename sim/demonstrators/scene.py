@@ -259,6 +259,10 @@ class Scene:
         """Return whether a predicate's argument is a site instead of an entity."""
         return name in self.env.object_sites_dict
 
+    def on_surface(self, name: str) -> bool:
+        """Return whether a predicate's argument is a patch of the work surface."""
+        return self.is_region(name) and self.region(name).parent is None
+
     def region(self, name: str) -> Region:
         """Return the site that a predicate refers to, where it is now."""
         site = self.env.object_sites_dict[name]
