@@ -35,7 +35,9 @@ def test_ray_tasks_give_what_local_workers_give(ray_config, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "error"), [("kill", "worker died"), ("raise", "SimulationError: the physics")])
+@pytest.mark.parametrize(
+    ("kind", "error"), [("kill", "worker died"), ("raise", "SimulationError: the physics")]
+)
 def test_a_broken_ray_task_is_retried_and_says_so(ray_config, tmp_path, kind, error):
     notes = tmp_path / "notes"
     notes.mkdir()

