@@ -90,7 +90,9 @@ class AggregationEncoder(nn.Module):
     The cameras of a sample go through as extra batch entries, in one call. The last block computes only
     the aggregation rows: nothing else leaves. Each aggregation token starts as a learned vector plus the
     mean patch of its own region of the image. The paper starts from the vector alone, which suits a
-    pretrained encoder; from scratch, tokens that start equal for every image first have to learn to look.
+    pretrained encoder; from scratch, tokens that start equal for every image first have to learn to look
+    (a probe task, "find the square of the named colour among four": solved after 500 steps, not at all
+    within 600 without the regions).
     """
 
     def __init__(self, cameras: int, stride: int, config, condition_dim: int):
