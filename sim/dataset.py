@@ -199,7 +199,7 @@ def image_stats(histogram: np.ndarray, frames: int) -> dict[str, np.ndarray]:
 
 def _total_stats(meta: LeRobotDatasetMetadata, demonstrations: Sequence[_Demonstration]) -> dict[str, dict]:
     """Return the dataset's statistics over all frames; LeRobot 0.6 averages the episodes' quantiles."""
-    stats = dict(meta.stats)
+    stats = {key: meta.stats[key] for key in meta.features}  # LeRobot's order changes from run to run
     for key, attribute in ((STATE_KEY, "state"), (ACTION_KEY, "action")):
         rows = np.concatenate([getattr(d, attribute) for d in demonstrations])
         stats[key] = get_feature_stats(rows, axis=0, keepdims=False)
