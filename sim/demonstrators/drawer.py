@@ -86,7 +86,7 @@ def close_drawer(scene: Scene, name: str, manner: Manner) -> Actions:
         return Pose(at + direction * ahead - FINGER_TIP * facing[:, 2], facing)
 
     def entry() -> Pose:
-        return funnel(scene.hand, target(0.03), facing[:, 2], manner.approach_height)
+        return funnel(scene.hand, target(0.03), facing[:, 2], manner.approach_height + 0.06)
 
     yield from reach(scene, entry, CLOSE, manner.limits, tolerance=Tolerance(0.012, 0.25))
     for _ in range(80):

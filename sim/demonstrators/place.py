@@ -12,6 +12,9 @@ from .pick import Hold
 from .scene import Pose, Scene, corridor
 from .style import Manner
 
+EDGE = {"in": 0.03, "on": 0.015}
+"""Metres that an object's origin keeps from the edge of a region."""
+
 CELL = 0.006
 """Resolution of height maps, metres."""
 
@@ -57,18 +60,22 @@ def plan_drop(scene: Scene, name: str, predicate: str, target: str, manner: Mann
     held = Pose(origin - lean @ origin, lean)  # turns everything in the hand about the object's origin
     shape, turned_hand = held.apply(scene.cloud(name).points), held @ hand
     local = obstacles[np.linalg.norm(obstacles[:, :2] - centre[:2], axis=1) < 0.3]
-    best, best_cost = None, np.inf
+    away = (centre - scene.base)[:2] / np.linalg.norm((centre - scene.base)[:2])
+    drops = []
     for offset in _offsets(half):
         shift = centre[:2] + offset + manner.waypoint_offset - origin[:2]
         rise = ground.rest(shape, shift)
         free = _free_height(turned_hand, scene.gripper_width / 2, local, shift, rise)
-        cost = np.linalg.norm(offset) + 0.5 * (free - rise) + 0.3 * max(0.0, rise + origin[2] - centre[2])
-        if cost < best_cost:
-            best, best_cost = (
-                Drop(origin + np.append(shift, free), rise + origin[2], turned_hand.rotation),
-                cost,
-            )
-    return best
+        slot = -offset @ away if _crowded(scene, name, predicate, target) else np.linalg.norm(offset)
+        drop = Drop(origin + np.append(shift, free), rise + origin[2], turned_hand.rotation)
+        drops.append((slot + 2.0 * rise + 0.5 * (free - rise), drop))
+    return min(drops, key=lambda pair: pair[0])[1]
+
+
+def _crowded(scene: Scene, name: str, predicate: str, target: str) -> bool:
+    """Return whether more has to go on the same place, so that this entity belongs at its far edge."""
+    others = [p for p in scene.goal if p[0] == predicate == "on" and p[2] == target and p[1] != name]
+    return any(not scene.holds(p) for p in others)
 
 
 def destination(scene: Scene, predicate: str, target: str) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +84,7 @@ def destination(scene: Scene, predicate: str, target: str) -> tuple[np.ndarray, 
         return scene.pose(target).position, np.zeros(2)
     region = scene.region(target)
     extent = region.extent() if predicate == "in" else region.half
-    return region.pose.position, np.maximum(0.0, extent[:2] - 0.03)
+    return region.pose.position, np.maximum(0.0, extent[:2] - EDGE[predicate])
 
 
 def _offsets(half: np.ndarray, step: float = 0.015) -> np.ndarray:
