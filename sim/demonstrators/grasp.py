@@ -34,7 +34,7 @@ MARGIN = 0.004
 STEEPEST = 0.75
 """Largest `GraspCost.slant` of a grasp: 1 minus the cosine between contact normal and closing axis."""
 
-YAWS = np.radians(np.arange(-90, 90, 15))
+YAWS = np.radians(np.arange(-75, 91, 15))
 """Hand yaws to try, relative to the start yaw; the gripper looks the same after half a turn."""
 
 

@@ -28,6 +28,9 @@ UP = np.array([0.0, 0.0, 1.0])
 DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
 """Rotation of a hand that points straight down with LIBERO's start yaw (fingers close along world y)."""
 
+MOST_BACK_TURN = np.radians(80)
+"""Hand yaw is kept between minus this and half a turn more: the last joint has more room that way."""
+
 EASY_REACH = 0.68
 """Horizontal distance from the base, metres, up to which a vertical hand works well."""
 
@@ -67,7 +70,7 @@ def leaning(into: np.ndarray, tilt: float, *, across: bool) -> np.ndarray:
     side = np.cross(into, UP)
     closing = side if across else into
     yaw = np.arctan2(-closing[0], closing[1])
-    yaw = (yaw + np.pi / 2) % np.pi - np.pi / 2  # half a turn looks the same
+    yaw = (yaw + MOST_BACK_TURN) % np.pi - MOST_BACK_TURN  # half a turn looks the same
     return Rotation.from_rotvec(tilt * side).as_matrix() @ turned(yaw)
 
 

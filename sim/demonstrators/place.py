@@ -18,6 +18,9 @@ EDGE = {"in": 0.03, "on": 0.015}
 CELL = 0.006
 """Resolution of height maps, metres."""
 
+LOOK_CLOSER = 20
+"""Of all spots, how many of the best are checked for the room that the hand needs."""
+
 
 @dataclass(frozen=True)
 class Drop:
@@ -43,8 +46,12 @@ class HeightMap:
         return np.floor((points[:, :2] - self._corner) / CELL).astype(int)
 
     def rest(self, shape: np.ndarray, shift: np.ndarray) -> float:
-        """Return how high a shape (n, 3), moved by `shift` (2,), sinks: the z shift at first contact."""
-        cells = self._cells(shape[:, :2] + shift).clip(0, self._size - 1)
+        """Return how high a shape (n, 3), moved by `shift` (2,), sinks: the z shift at first contact.
+
+        The shape is taken a little narrower than it is, since cells make everything else wider.
+        """
+        middle = (shape[:, :2].min(0) + shape[:, :2].max(0)) / 2
+        cells = self._cells(middle + 0.9 * (shape[:, :2] - middle) + shift).clip(0, self._size - 1)
         return float(np.max(self._top[tuple(cells.T)] - shape[:, 2]))
 
 
@@ -61,14 +68,17 @@ def plan_drop(scene: Scene, name: str, predicate: str, target: str, manner: Mann
     shape, turned_hand = held.apply(scene.cloud(name).points), held @ hand
     local = obstacles[np.linalg.norm(obstacles[:, :2] - centre[:2], axis=1) < 0.3]
     away = (centre - scene.base)[:2] / np.linalg.norm((centre - scene.base)[:2])
-    drops = []
+    crowded = _crowded(scene, name, predicate, target)
+    spots = []
     for offset in _offsets(half):
         shift = centre[:2] + offset + manner.waypoint_offset - origin[:2]
         rise = ground.rest(shape, shift)
+        spots.append((2.0 * rise + (-offset @ away if crowded else np.linalg.norm(offset)), rise, shift))
+    drops = []
+    for cost, rise, shift in sorted(spots, key=lambda spot: spot[0])[:LOOK_CLOSER]:
         free = _free_height(turned_hand, scene.gripper_width / 2, local, shift, rise)
-        slot = -offset @ away if _crowded(scene, name, predicate, target) else np.linalg.norm(offset)
         drop = Drop(origin + np.append(shift, free), rise + origin[2], turned_hand.rotation)
-        drops.append((slot + 2.0 * rise + 0.5 * (free - rise), drop))
+        drops.append((cost + 0.5 * (free - rise), drop))
     return min(drops, key=lambda pair: pair[0])[1]
 
 
@@ -87,7 +97,7 @@ def destination(scene: Scene, predicate: str, target: str) -> tuple[np.ndarray, 
     return region.pose.position, np.maximum(0.0, extent[:2] - EDGE[predicate])
 
 
-def _offsets(half: np.ndarray, step: float = 0.015) -> np.ndarray:
+def _offsets(half: np.ndarray, step: float = 0.0075) -> np.ndarray:
     """Return a grid (n, 2) of offsets within a rectangle, nearest to its centre first."""
     axes = [step * np.arange(-np.floor(h / step), np.floor(h / step) + 1) for h in half]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
