@@ -1,6 +1,7 @@
 """LeRobot's outside promises: its configuration finds our environment and its evaluation can run it."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -76,16 +77,17 @@ def test_environments_in_worker_processes_start_different_episodes():
 
 @pytest.mark.slow
 def test_lerobot_eval_runs_a_policy_in_it(tmp_path):
+    save = runpy.run_path(str(Path(__file__).parents[1] / "evaluation" / "untrained_checkpoint.py"))
+    checkpoint = save["save_untrained_nano"](tmp_path / "nano", image_size=128)
     result = subprocess.run(
         [
             Path(sys.executable).with_name("lerobot-eval"),
-            "--policy.type=cogmerge",
-            "--policy.push_to_hub=false",
+            f"--policy.path={checkpoint}",
             "--policy.device=cpu",
             "--env.type=cogmerge_libero",
             "--env.task=libero_object",
             "--env.task_ids=[0]",
-            "--env.image_size=64",
+            "--env.image_size=128",
             "--env.images_every=8",
             "--eval.n_episodes=1",
             "--eval.batch_size=1",
