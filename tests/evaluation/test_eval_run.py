@@ -1,5 +1,6 @@
 """`vla eval` from outside, with a scripted policy and simulation."""
 
+import errno
 import json
 import os
 import signal
@@ -13,9 +14,11 @@ from pathlib import Path
 import pytest
 from scripted_rollout import ScriptedSource, Simulate, Trouble
 
+from vla import cli
 from vla.errors import UserError
+from vla.evaluation import run
 from vla.evaluation.files import output_folder
-from vla.evaluation.records import read_records
+from vla.evaluation.records import EpisodeLog, read_records
 from vla.evaluation.run import EvalConfig, evaluate, evaluate_source, film_choice
 
 SOURCE = ScriptedSource()
@@ -218,6 +221,28 @@ def test_after_any_end_resume_loses_and_doubles_nothing(start, eval_config, kill
     assert len(rows) == len({row.episode for row in rows}) == summary["total"]["episodes"] == 12
     evaluate_source(replace(config, overwrite=True), SOURCE, Simulate())
     assert results(config.out) == {row.episode: (row.status, row.steps, row.queries) for row in rows}
+
+
+def test_a_full_disk_is_a_sentence_and_resumes(eval_config, monkeypatch, capsys):
+    """The third row does not fit; half of it may be on the disk."""
+    config = eval_config(tasks="0", init_states="0-4", workers=1)
+    whole = EpisodeLog.append
+
+    def full(log, record):
+        if len(log.records) == 2:
+            log._file.write('{"suite": "libero_ob')
+            log._file.flush()
+            raise OSError(errno.ENOSPC, "No space left on device", str(log.path))
+        whole(log, record)
+
+    monkeypatch.setattr(EpisodeLog, "append", full)
+    monkeypatch.setattr(run, "evaluate", lambda config: evaluate_source(config, SOURCE, Simulate()))
+    arguments = ["eval", "--tasks=0", "--init-states=0-4", "--workers=1", "--max-steps=60", "--videos=none"]
+    assert cli.run([*arguments, f"--out={config.out}"]) == 2
+    assert "The disk is full" in capsys.readouterr().err
+    monkeypatch.undo()
+    evaluate_source(replace(config, resume=True), SOURCE, Simulate())
+    assert len(read_records(config.out)) == len(results(config.out)) == 5
 
 
 def test_two_evaluations_cannot_write_to_one_folder(tmp_path):
