@@ -35,7 +35,7 @@ class LiberoEnvironment(gymnasium.Env):
     The scene is built at the first reset; `UserError` if another is alive in this process.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": int(CONTROL_RATE)}  # noqa: RUF012 (gymnasium)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_RATE}  # noqa: RUF012 (gymnasium)
 
     def __init__(
         self,

@@ -10,11 +10,6 @@ never drawn, and the proprioception of `LiberoSimulation.state` belongs to the s
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
-import logging
-import random
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,11 +26,11 @@ from vla.contract import (
     Vector,
 )
 from vla.errors import UserError
+from vla.sim.domain import CONTROL_RATE, build_domain, return_freed_memory, seeded
 from vla.sim.episode import Episode
 from vla.sim.rendering import OffscreenRenderer, find_backend
 from vla.sim.suites import load_suite
 
-CONTROL_RATE = 20.0  # Hz
 #: The action that LIBERO's protocol repeats while the scene settles: no motion, gripper open.
 SETTLE_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 STATE_NAMES = ("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "finger_left", "finger_right")
@@ -57,7 +52,7 @@ def sim_interface(image_size: int = 256) -> Interface:
         state=Vector(STATE_KEY, STATE_NAMES, STATE_UNITS),
         action=Vector(ACTION_KEY, ACTION_NAMES),
         action_space=OSC_POSE_DELTA,
-        control_rate=CONTROL_RATE,
+        control_rate=float(CONTROL_RATE),
     )
 
 
@@ -115,8 +110,8 @@ class LiberoSimulation:
         self.image_size, self.multisample = image_size, multisample
         self._init_states = self.suite.init_states(task)
         find_backend()
-        with _seeded(0):
-            self._domain = _build_domain(str(self.task.bddl_path))
+        with seeded(0):
+            self._domain = build_domain(str(self.task.bddl_path))
         self._find_changing_parts()
         self._use_own_observation()
         self._renderer: OffscreenRenderer | None = None
@@ -149,7 +144,7 @@ class LiberoSimulation:
             )
         state = None if episode.init_state is None else self._init_state(episode.init_state)
         self._restore_pristine_model()
-        with _seeded(episode.seed):
+        with seeded(episode.seed):
             self._lay_out()
         if state is not None:
             self._domain.sim.set_state_from_flattened(state)
@@ -276,7 +271,7 @@ class LiberoSimulation:
         self._domain.close()
         self._domain = self._robot = self._clock = self._step_domain = None
         self._model = self._data = self._drawing = self._renderer = None
-        _return_freed_memory()
+        return_freed_memory()
         if LiberoSimulation._live is not None and LiberoSimulation._live() is self:
             LiberoSimulation._live = None
 
@@ -447,84 +442,3 @@ class LiberoSimulation:
             yield self._drawing
         finally:
             self._model.site_rgba[self._lamps, 3] = now
-
-
-def _build_domain(bddl_path: str):
-    """Build LIBERO's domain for a BDDL file, without cameras and renderer (ours draws on demand)."""
-    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # it asks for a private macro file
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # robosuite 1.4 on Python 3.12: escape sequences, logger.warn
-        import libero.libero.envs.bddl_utils as bddl_utils
-        import robosuite
-        from libero.libero.envs import TASK_MAPPING
-
-    _disable_asset_cache()
-    domain_class = TASK_MAPPING[bddl_utils.get_problem_info(bddl_path)["problem_name"]]
-    domain = _remembering_pristine_model(domain_class)(
-        bddl_file_name=bddl_path,
-        robots=["Panda"],
-        controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
-        gripper_types="default",
-        initialization_noise=None,
-        use_camera_obs=False,
-        has_offscreen_renderer=False,
-        control_freq=int(CONTROL_RATE),
-        ignore_done=True,
-        hard_reset=False,
-    )
-    _forget_parsed_scene()
-    _return_freed_memory()
-    # A reset hides the gripper's coloured markers; building leaves them in the picture.
-    domain.visualize(vis_settings={name: False for name in domain._visualizations})
-    return domain
-
-
-def _disable_asset_cache() -> None:
-    """Stop MuJoCo from keeping every mesh and texture file it has read, up to 0.5 GB per process."""
-    import mujoco
-
-    if hasattr(mujoco, "mj_setCacheCapacity"):  # the cache is older than the call that limits it
-        mujoco.mj_setCacheCapacity(mujoco.mj_getCache(), 0)
-
-
-def _forget_parsed_scene() -> None:
-    """Free the scene that MuJoCo keeps for ``mj_saveLastXML``: 240 MB, the textures a second time.
-
-    There is no Python call for it, but it keeps only the last scene that was parsed.
-    """
-    import mujoco
-
-    mujoco.MjModel.from_xml_string("<mujoco/>")
-
-
-def _return_freed_memory() -> None:
-    """Hand what the XML and mesh parsers or a closed scene freed back to the system (glibc keeps it)."""
-    gc.collect()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
-
-
-def _remembering_pristine_model(domain_class: type) -> type:
-    """Subclass a domain so that it keeps the model fields that its resets overwrite."""
-
-    def _initialize_sim(self, xml_string=None):
-        domain_class._initialize_sim(self, xml_string)
-        fields = ("body_pos", "body_quat", "site_rgba")
-        self.pristine = {name: getattr(self.sim.model, name).copy() for name in fields}
-
-    # The domain compares its class name with the problem name of the BDDL file.
-    return type(domain_class.__name__, (domain_class,), {"_initialize_sim": _initialize_sim})
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators that LIBERO draws from, and give them back as they were."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    np.random.seed(seed)
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)

@@ -45,13 +45,12 @@ def run(steps: int = 80, query_every: int = 8, image_size: int = 256, seed: int 
         arguments = (suite, task, _actions(steps + WARM_UP, seed), query_every, image_size)
         theirs, ours = _in_own_process(play_lerobot, arguments), _in_own_process(play_ours, arguments)
         _require_equal(f"{suite} task {task}", ours, theirs)
-        name = f"{suite} task {task}, policy looks every {query_every} steps"
-        rows.append(_row(name, 1e3 * ours.step_seconds, 1e3 * theirs.step_seconds))
-        resets.append(_row("reset", 1e3 * ours.reset_seconds, 1e3 * theirs.reset_seconds))
+        rows.append(_row(f"control step, {suite} {task}", 1e3 * ours.step_seconds, 1e3 * theirs.step_seconds))
+        resets.append(_row(f"reset, {suite} {task}", 1e3 * ours.reset_seconds, 1e3 * theirs.reset_seconds))
     return [
         *rows,
-        _median("median control step", rows),
-        _median("median reset with 10 settling steps", resets),
+        _median("control step, median", rows),
+        _median("reset and settle, median", resets),
     ]
 
 
@@ -148,7 +147,7 @@ def _row(name: str, value: float, baseline_value: float) -> dict[str, Any]:
         "name": name,
         "value": value,
         "unit": "ms CPU",
-        "baseline": "LeRobot LiberoEnv",
+        "baseline": "LiberoEnv",
         "baseline_value": baseline_value,
         "ratio": baseline_value / value,
     }
