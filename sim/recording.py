@@ -125,11 +125,6 @@ def record_attempt(
     """
     trace = Trace()
     success, steps, outcome = _demonstrate(sim, episode, style, trace)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    if success:
-        _write_success(trace, sim, episode, temporary, video)
     about = {
         "episode": asdict(episode),
         "language": sim.language,
@@ -137,8 +132,15 @@ def record_attempt(
         "steps": steps,
         "outcome": outcome,
     }
-    (temporary / ATTEMPT_FILE).write_text(json.dumps(about, indent=2) + "\n")
-    os.replace(temporary, folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        if success:
+            _write_success(trace, sim, episode, temporary, video)
+        (temporary / ATTEMPT_FILE).write_text(json.dumps(about, indent=2) + "\n")
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # after an error, such as a full disk
     return success
 
 
