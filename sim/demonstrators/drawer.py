@@ -7,7 +7,7 @@ import numpy as np
 from .grasp import GraspError, choose, search
 from .hand import FINGER_TIP
 from .joint import drag
-from .motion import CLOSE, OPEN, Actions, Tolerance, funnel, leaning, reach, servo
+from .motion import CLOSE, OPEN, UP, Actions, Tolerance, funnel, leaning, reach, servo
 from .pick import close_gripper, open_gripper
 from .place import release
 from .scene import Cloud, Joint, Pose, Scene
@@ -19,7 +19,7 @@ HANDLE_DEPTH = 0.018
 TILTS = np.radians(np.arange(30, 91, 5))
 """How far the hand leans towards the front of the drawer; the gap behind a handle is too thin for less."""
 
-PUSHING_TILT = np.radians(60)
+PUSHING_TILT = np.radians(45)
 """Lean of the hand that pushes a drawer shut."""
 
 
@@ -86,7 +86,7 @@ def close_drawer(scene: Scene, name: str, manner: Manner) -> Actions:
         return Pose(at + direction * ahead - FINGER_TIP * facing[:, 2], facing)
 
     def entry() -> Pose:
-        return funnel(scene.hand, target(0.03), facing[:, 2], manner.approach_height + 0.06)
+        return funnel(scene.hand, target(0.03), -UP, manner.approach_height + 0.06)
 
     yield from reach(scene, entry, CLOSE, manner.limits, tolerance=Tolerance(0.012, 0.25))
     for _ in range(80):

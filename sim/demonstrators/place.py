@@ -51,7 +51,7 @@ class HeightMap:
         The shape is taken a little narrower than it is, since cells make everything else wider.
         """
         middle = (shape[:, :2].min(0) + shape[:, :2].max(0)) / 2
-        cells = self._cells(middle + 0.9 * (shape[:, :2] - middle) + shift).clip(0, self._size - 1)
+        cells = self._cells(middle + 0.85 * (shape[:, :2] - middle) + shift).clip(0, self._size - 1)
         return float(np.max(self._top[tuple(cells.T)] - shape[:, 2]))
 
 
@@ -97,7 +97,7 @@ def destination(scene: Scene, predicate: str, target: str) -> tuple[np.ndarray, 
     return region.pose.position, np.maximum(0.0, extent[:2] - EDGE[predicate])
 
 
-def _offsets(half: np.ndarray, step: float = 0.0075) -> np.ndarray:
+def _offsets(half: np.ndarray, step: float = 0.005) -> np.ndarray:
     """Return a grid (n, 2) of offsets within a rectangle, nearest to its centre first."""
     axes = [step * np.arange(-np.floor(h / step), np.floor(h / step) + 1) for h in half]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
