@@ -1,4 +1,4 @@
-# Sourced by scripts/quickstart, scripts/test and scripts/bench: makes `.venv` and sees to it that the
+# Sourced by scripts/quickstart and scripts/test: makes `.venv` and sees to it that the
 # simulator can draw. Safe to run again: whatever is in place already is left alone.
 #
 #   PYTHON=/path/to/python   use this interpreter (>= 3.12) instead of looking for one

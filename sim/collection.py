@@ -83,7 +83,7 @@ def collect(config: CollectConfig) -> None:
         _publish(config, suite, schedules, partial)
     shutil.rmtree(partial)
     episodes = sum(len(schedule.kept) for schedule in schedules.values())
-    print(f"Wrote {config.out}: {episodes} demonstrations of {len(tasks)} tasks; see {CONTACT_SHEET}.")
+    print(f"Wrote {config.out}: {episodes} demonstrations (tasks: {len(tasks)}); see {CONTACT_SHEET}.")
 
 
 def parse_indices(text: str, count: int, what: str) -> list[int]:
