@@ -65,7 +65,7 @@ def test_paired_interval_contains_the_difference_and_mirrors(both, first, second
     assert mirrored == pytest.approx((-high, -low))
     n = both + first + second + neither
     if n:
-        assert -1 <= low - 1e-9 <= (second - first) / n + 1e-9 <= high + 2e-9 <= 1 + 3e-9
+        assert -1 <= low <= (second - first) / n + 1e-9 <= high + 2e-9 <= 1 + 3e-9
 
 
 def test_paired_interval_approaches_the_normal_one_for_many_episodes():
