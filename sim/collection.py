@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vla import __version__
 from vla.errors import UserError
+from vla.selection import parse_indices
 from vla.sim.collection_workers import AttemptSchedule, WorkerPool, WorkOrder
 from vla.sim.contact_sheet import CONTACT_SHEET, draw_contact_sheet
 from vla.sim.demonstrators.style import Style
@@ -45,8 +46,8 @@ class CollectConfig:
     """LIBERO or LIBERO-PRO suite, for example libero_object."""
     out: Path
     """Folder of the new dataset."""
-    tasks: str = ""
-    """Task indices, for example 0,3 or 0-4; empty for all tasks of the suite."""
+    tasks: str | None = None
+    """Task indices, for example 0,3 or 0-4; all tasks of the suite by default."""
     episodes_per_task: int = 50
     """Successful demonstrations to keep per task."""
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
@@ -70,7 +71,7 @@ def collect(config: CollectConfig) -> None:
     demonstrated, and a collection that is resumed with other settings.
     """
     suite = load_suite(config.suite)
-    tasks = parse_indices(config.tasks, len(suite.tasks), f"task of {suite.name}")
+    tasks = sorted(parse_indices(config.tasks, len(suite.tasks), f"{suite.name} has no task"))
     for name, least in (("episodes_per_task", 1), ("workers", 1), ("image_size", 16)):
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}.")
@@ -84,24 +85,6 @@ def collect(config: CollectConfig) -> None:
     shutil.rmtree(partial)
     episodes = sum(len(schedule.kept) for schedule in schedules.values())
     print(f"Wrote {config.out}: {episodes} demonstrations (tasks: {len(tasks)}); see {CONTACT_SHEET}.")
-
-
-def parse_indices(text: str, count: int, what: str) -> list[int]:
-    """Read a selection such as ``0,3`` or ``0-4`` out of `count`; empty selects all.
-
-    Raises `UserError` naming the offending part; `what` says what is selected.
-    """
-    if not text:
-        return list(range(count))
-    chosen: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UserError(f"'{part}' is not a {what}; write for example 0,3 or 0-4.")
-        chosen.update(range(int(first), int(last or first) + 1))
-    if not chosen or max(chosen) >= count:
-        raise UserError(f"'{text}' selects no {what}: they are numbered 0 to {count - 1}.")
-    return sorted(chosen)
 
 
 # ---------------------------------------------------------------------- the output folder

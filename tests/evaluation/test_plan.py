@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vla.errors import UserError
-from vla.evaluation.plan import Plan, make_plan, parse_indices
+from vla.evaluation.plan import Plan, make_plan
+from vla.selection import parse_indices
 from vla.sim.episode import BENCHMARK_SEEDS, benchmark_episode
 
 DEFAULTS = {

@@ -54,7 +54,7 @@ def test_every_command_describes_itself(name, capsys):
         (["inspect", "nanoo"], "Did you mean 'nano'?"),
         (["inspect", "/"], "is not a checkpoint"),
         (["collect", "--suite", "libero_objects", "--out", "x"], "Did you mean 'libero_object'?"),
-        (["collect", "--suite", "libero_object", "--tasks", "11", "--out", "x"], "numbered 0 to 9"),
+        (["collect", "--suite", "libero_object", "--tasks", "11", "--out", "x"], "there are 0 to 9"),
         (["train", "--out", "x"], "--dataset"),
         (["train", "--out", "x", "--dataset", "nowhere"], "nowhere"),
         (["eval", "--checkpoint", "nowhere"], "nowhere"),

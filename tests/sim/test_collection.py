@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from vla.contract import Interface
 from vla.errors import UserError
 from vla.sim import sim_interface
-from vla.sim.collection import CollectConfig, collect, parse_indices
+from vla.sim.collection import CollectConfig, collect
 from vla.sim.collection_workers import AttemptSchedule
 from vla.sim.recording import Recording, render
 
@@ -200,8 +200,8 @@ def test_interrupted_collection_is_not_mistaken_for_nothing(tmp_path):
     ("changes", "sentence"),
     [
         ({"suite": "libero_objects"}, "Did you mean 'libero_object'"),
-        ({"tasks": "10"}, "numbered 0 to 9"),
-        ({"tasks": "one"}, "'one' is not a task"),
+        ({"tasks": "10"}, "libero_object has no task 10; there are 0 to 9"),
+        ({"tasks": "one"}, "'one' is not a selection"),
         ({"episodes_per_task": 0}, "--episodes-per-task must be at least 1"),
         ({"workers": 0}, "--workers must be at least 1"),
     ],
@@ -217,11 +217,6 @@ def test_foreign_recording_is_refused(tmp_path):
     path.write_bytes(b"nonsense")
     with pytest.raises(UserError, match="not a recorded simulator trajectory"):
         Recording.load(path)
-
-
-@pytest.mark.parametrize(("text", "chosen"), [("", [0, 1, 2, 3]), ("3,0", [0, 3]), ("1-2,2", [1, 2])])
-def test_parse_indices(text, chosen):
-    assert parse_indices(text, 4, "task") == chosen
 
 
 # ---------------------------------------------------------------------- the schedule
