@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .grasp import Grasp
 from .hand import hand_meets
 from .motion import CLOSE, OPEN, Actions, Limits, Tolerance, reach, reach_tilt, servo, stay
 from .pick import Hold
@@ -18,7 +20,7 @@ EDGE = {"in": 0.03, "on": 0.015}
 CELL = 0.006
 """Resolution of height maps, metres."""
 
-LOOK_CLOSER = 20
+LOOK_CLOSER = 8
 """Of all spots, how many of the best are checked for the room that the hand needs."""
 
 
@@ -55,18 +57,29 @@ class HeightMap:
         return float(np.max(self._top[tuple(cells.T)] - shape[:, 2]))
 
 
-def plan_drop(scene: Scene, name: str, predicate: str, target: str, manner: Manner) -> Drop:
-    """Return where to release the held entity `name` so that ``predicate(name, target)`` becomes true."""
+def lower_side(points: np.ndarray) -> np.ndarray:
+    """Return the lowest point over every cell of the ground: what decides how a shape comes to rest."""
+    upwards = points[np.argsort(points[:, 2])]
+    _, first = np.unique(np.floor(upwards[:, :2] / CELL), axis=0, return_index=True)
+    return upwards[first]
+
+
+def plan_drop(
+    scene: Scene, name: str, predicate: str, target: str, manner: Manner, hand: Pose, opening: float
+) -> Drop:
+    """Return where to release the entity `name` so that ``predicate(name, target)`` becomes true.
+
+    `hand` is how it is held, or would be held where it is now; `opening` is half the finger distance.
+    """
     obstacles = scene.obstacles(name).points
     origin = scene.pose(name).position
     centre, half = destination(scene, predicate, target)
     ground = HeightMap(obstacles, centre, 0.25)
-    hand = scene.hand
     goal = hand.position + centre - origin
     lean = reach_tilt(scene.base, goal) @ reach_tilt(scene.base, hand.position).T
     held = Pose(origin - lean @ origin, lean)  # turns everything in the hand about the object's origin
-    shape, turned_hand = held.apply(scene.cloud(name).points), held @ hand
-    local = obstacles[np.linalg.norm(obstacles[:, :2] - centre[:2], axis=1) < 0.3]
+    shape, turned_hand = lower_side(held.apply(scene.cloud(name).points)), held @ hand
+    local = obstacles[np.linalg.norm(obstacles[:, :2] - centre[:2], axis=1) < 0.2]
     away = (centre - scene.base)[:2] / np.linalg.norm((centre - scene.base)[:2])
     crowded = _crowded(scene, name, predicate, target)
     spots = []
@@ -76,10 +89,30 @@ def plan_drop(scene: Scene, name: str, predicate: str, target: str, manner: Mann
         spots.append((2.0 * rise + (-offset @ away if crowded else np.linalg.norm(offset)), rise, shift))
     drops = []
     for cost, rise, shift in sorted(spots, key=lambda spot: spot[0])[:LOOK_CLOSER]:
-        free = _free_height(turned_hand, scene.gripper_width / 2, local, shift, rise)
+        free = _free_height(turned_hand, opening, local, shift, rise)
         drop = Drop(origin + np.append(shift, free), rise + origin[2], turned_hand.rotation)
         drops.append((cost + 0.5 * (free - rise), drop))
     return min(drops, key=lambda pair: pair[0])[1]
+
+
+def low_release(
+    scene: Scene, name: str, target: str, grasps: list[Grasp], manner: Manner, most: int = 10
+) -> list[Grasp]:
+    """Rank grasps anew for a narrow container: what counts most is how deep the hand fits in with them."""
+    pose = scene.pose(name)
+    ranked = []
+    for grasp in _varied(grasps, most):
+        drop = plan_drop(scene, name, "in", target, manner, grasp.hand(pose), grasp.width / 2)
+        ranked.append(replace(grasp, cost=grasp.cost + 8.0 * (drop.origin[2] - drop.rest)))
+    return sorted(ranked, key=lambda grasp: grasp.cost)
+
+
+def _varied(grasps: list[Grasp], most: int) -> list[Grasp]:
+    """Return the best grasps of every hand rotation in turn, `most` at the most."""
+    by_turn: dict[tuple, list[Grasp]] = {}
+    for grasp in grasps:
+        by_turn.setdefault(tuple(grasp.relative.rotation.ravel().round(3)), []).append(grasp)
+    return [g for round_ in itertools.zip_longest(*by_turn.values()) for g in round_ if g is not None][:most]
 
 
 def _crowded(scene: Scene, name: str, predicate: str, target: str) -> bool:
@@ -144,7 +177,7 @@ def place(scene: Scene, name: str, predicate: str, target: str, manner: Manner) 
 
     Ends early when the object is lost.
     """
-    drop = plan_drop(scene, name, predicate, target, manner)
+    drop = plan_drop(scene, name, predicate, target, manner, scene.hand, scene.gripper_width / 2)
     height = carry_height(scene, name, drop.origin, manner.carry_clearance)
     hold = Hold(scene, name)
     for _ in range(160):

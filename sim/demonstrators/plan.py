@@ -13,7 +13,7 @@ from .insert import insert, opening
 from .knob import turn_knob
 from .motion import Actions
 from .pick import holding, take
-from .place import destination, place, withdraw
+from .place import destination, low_release, place, withdraw
 from .push import is_flat, push
 from .scene import Scene
 from .style import Manner
@@ -22,7 +22,7 @@ from .style import Manner
 def bring(scene: Scene, predicate: tuple[str, ...], manner: Manner, rng: np.random.Generator) -> Actions:
     """Pick the first argument of ``in`` or ``on`` and place it at the second."""
     relation, name, target = predicate
-    if relation == "in" and scene.is_drawer(target) and not scene.holds(("open", target)):
+    if scene.is_drawer(target) and not _ajar(scene, target):
         yield from open_drawer(scene, target, manner, rng)
     inside = relation == "in" and scene.is_region(target)
     out = opening(scene, scene.region(target)) if inside else None
@@ -34,10 +34,18 @@ def bring(scene: Scene, predicate: tuple[str, ...], manner: Manner, rng: np.rand
         yield from push(scene, name, predicate, goal, manner)
         yield from withdraw(scene, manner)
         return
-    grasp = choose(plan_grasps(scene, name, destination=goal), manner.grasp_spread, rng)
+    grasps = plan_grasps(scene, name, destination=goal)
+    if scene.is_drawer(target):
+        grasps = low_release(scene, name, target, grasps, manner)
+    grasp = choose(grasps, manner.grasp_spread, rng)
     yield from take(scene, name, grasp, manner)
     if holding(scene, name):
         yield from place(scene, name, relation, target, manner)
+
+
+def _ajar(scene: Scene, drawer: str) -> bool:
+    """Return whether a drawer is far enough open to put something in, though perhaps not fully."""
+    return abs(scene.joints(drawer)[0].value) > 0.6 * abs(scene.wanted_value(drawer, "open"))
 
 
 def _open(scene: Scene, predicate: tuple[str, ...], manner: Manner, rng: np.random.Generator) -> Actions:
