@@ -31,7 +31,8 @@ def episode(index: int) -> Episode:
 
 
 @pytest.fixture(scope="module")
-def sim():
+def sim(_simulation_factory):
+    _simulation_factory.close()
     with LiberoSimulation(SUITE, TASK) as simulation:
         yield simulation
 
