@@ -199,14 +199,15 @@ def libero() -> list[Finding]:
 
 def shipped_checkpoint() -> list[Finding]:
     """The nano checkpoint that `vla eval` uses when none is named."""
-    folder = Path(__file__).parent / "checkpoints" / "nano"
-    if not folder.is_dir():
+    from vla.evaluation.policy_source import SHIPPED_CHECKPOINT
+
+    if not SHIPPED_CHECKPOINT.is_dir():
         remedy = "this build has none; train one with `vla train`"
         return [Finding("shipped checkpoint", "none", remedy, needed=False)]
     from vla.policy.checkpoint import load_checkpoint
 
     try:
-        policy = load_checkpoint(folder).policy
+        policy = load_checkpoint(SHIPPED_CHECKPOINT).policy
     except UserError as error:
         return [Finding("shipped checkpoint", "cannot be loaded", str(error))]
     size = sum(parameter.numel() for parameter in policy.parameters())

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .grasp import GraspError, choose, search
+from .grasp import GraspError, search
 from .hand import FINGER_TIP
-from .joint import drag
-from .motion import CLOSE, OPEN, UP, Actions, Tolerance, funnel, leaning, reach, servo
-from .pick import close_gripper, open_gripper
+from .joint import work
+from .motion import CLOSE, UP, Actions, Tolerance, funnel, leaning, reach, servo
 from .place import release
 from .scene import Cloud, Joint, Pose, Scene
 from .style import Manner
@@ -54,17 +53,11 @@ def open_drawer(
     found = search(grip, frame, others[~on_grip], rotations)
     if not found:
         raise GraspError(f"No hand pose can hold the handle of '{name}'.")
-    grasp = choose(sorted(found, key=lambda g: g.cost), manner.grasp_spread, rng)
 
-    def entry() -> Pose:
-        target = grasp.hand(scene.body_pose(joint.body))
-        return funnel(scene.hand, target, target.rotation[:, 2], manner.approach_height)
+    def value() -> float:
+        return scene.wanted_value(name, "open") if amount is None else amount
 
-    yield from open_gripper(scene, manner)
-    yield from reach(scene, entry, OPEN, manner.limits, tolerance=Tolerance(0.006, 0.1))
-    yield from close_gripper(scene, scene.hand, manner)
-    yield from drag(scene, name, scene.wanted_value(name, "open") if amount is None else amount, manner)
-    yield from release(scene, manner)
+    yield from work(scene, name, found, value, manner, rng)
 
 
 def close_drawer(scene: Scene, name: str, manner: Manner) -> Actions:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from .motion import CLOSE, Actions, servo
+from .grasp import Grasp, choose
+from .motion import CLOSE, OPEN, Actions, Tolerance, funnel, reach, servo
+from .pick import close_gripper, open_gripper
+from .place import release
 from .scene import Joint, Pose, Scene
 from .style import Manner
 
@@ -43,3 +47,29 @@ def drag(scene: Scene, name: str, value: float, manner: Manner, patience: int = 
         ahead = ahead + np.sign(left) * 0.2 * LEAD[joint.slides]
         target = moved(grip, start, joint.value - grip.value + ahead)
         yield servo(scene.hand, target, CLOSE, manner.limits)
+
+
+def work(
+    scene: Scene,
+    name: str,
+    grasps: Sequence[Grasp],
+    value: Callable[[], float],
+    manner: Manner,
+    rng: np.random.Generator,
+) -> Actions:
+    """Grip what the joint of `name` moves by one of `grasps`, bring the joint to `value` and let go.
+
+    `value` is asked once the hand has closed, since gripping may move the joint.
+    """
+    body = scene.joints(name)[0].body
+    grasp = choose(sorted(grasps, key=lambda g: g.cost), manner.grasp_spread, rng)
+
+    def entry() -> Pose:
+        target = grasp.hand(scene.body_pose(body))
+        return funnel(scene.hand, target, target.rotation[:, 2], manner.approach_height)
+
+    yield from open_gripper(scene, manner)
+    yield from reach(scene, entry, OPEN, manner.limits, tolerance=Tolerance(0.006, 0.1))
+    yield from close_gripper(scene, scene.hand, manner)
+    yield from drag(scene, name, value(), manner)
+    yield from release(scene, manner)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .grasp import YAWS, GraspError, choose, search
-from .joint import drag
-from .motion import OPEN, Actions, Tolerance, funnel, reach, turned
-from .pick import close_gripper, open_gripper
-from .place import release
-from .scene import Pose, Scene
+from .grasp import YAWS, GraspError, search
+from .joint import work
+from .motion import Actions, turned
+from .scene import Scene
 from .style import Manner
 
 
@@ -27,14 +25,4 @@ def turn_knob(scene: Scene, predicate: tuple[str, ...], manner: Manner, rng: np.
     found = search(knob, frame, np.concatenate([fixed, rest]), turns)
     if not found:
         raise GraspError(f"No hand pose can hold the knob of '{name}'.")
-    grasp = choose(sorted(found, key=lambda g: g.cost), manner.grasp_spread, rng)
-
-    def entry() -> Pose:
-        target = grasp.hand(scene.body_pose(joint.body))
-        return funnel(scene.hand, target, target.rotation[:, 2], manner.approach_height)
-
-    yield from open_gripper(scene, manner)
-    yield from reach(scene, entry, OPEN, manner.limits, tolerance=Tolerance(0.006, 0.1))
-    yield from close_gripper(scene, scene.hand, manner)
-    yield from drag(scene, name, scene.wanted_value(name, state), manner)
-    yield from release(scene, manner)
+    yield from work(scene, name, found, lambda: scene.wanted_value(name, state), manner, rng)
