@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from vla.atomic import write_text
 from vla.errors import UserError
 
 CONTRACT_FILE = "contract.json"
@@ -130,10 +130,7 @@ class PolicyContract:
         """Write ``contract.json`` into `folder` atomically and return its path."""
         path = Path(folder) / CONTRACT_FILE
         content = asdict(self) | {"statistics_hash": self.statistics_hash}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, path)
-        return path
+        return write_text(path, json.dumps(content, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> PolicyContract:

@@ -74,13 +74,13 @@ def test_killed_build_continues_where_it_stopped(video_dataset, tmp_path):
         import os, signal
         from vla.training import frame_cache
         from vla.training.dataset import open_demonstrations
-        write, calls = frame_cache._write_atomically, []
+        write, calls = frame_cache.write_text, []
         def write_then_die(path, text):
             write(path, text)
             calls.append(path)
             if len(calls) == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
-        frame_cache._write_atomically = write_then_die
+        frame_cache.write_text = write_then_die
         from pathlib import Path
         dataset = open_demonstrations(Path({str(video_dataset)!r}), action_space="osc_pose_delta")
         frame_cache.open_frame_cache(dataset, 32, folder=Path({str(tmp_path)!r}), quiet=True)

@@ -12,9 +12,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from vla.atomic import write_text
 from vla.errors import UserError
 from vla.evaluation.display import percent
-from vla.evaluation.files import write_text
 from vla.evaluation.plan import Plan
 from vla.evaluation.records import ERROR, EpisodeRecord, read_records
 from vla.evaluation.statistics import exact_paired_p, paired_difference_interval

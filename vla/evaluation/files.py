@@ -1,4 +1,4 @@
-"""The evaluation folder: what may be in it, who may write to it, and how a file gets there whole."""
+"""The evaluation folder: what may be in it, and who may write to it."""
 
 from __future__ import annotations
 
@@ -13,23 +13,6 @@ from vla.errors import UserError
 
 #: Everything that an evaluation writes; `--overwrite` removes these and nothing else.
 OUTPUTS = ("plan.json", "episodes.jsonl", "summary.json", "report.html", "videos", "routing")
-
-
-def write_bytes(path: Path, content: bytes) -> Path:
-    """Write a file whole or not at all, and return its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def write_text(path: Path, content: str) -> Path:
-    """Like `write_bytes`, UTF-8."""
-    return write_bytes(path, content.encode())
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vla.atomic import write_text
 from vla.errors import UserError
-from vla.evaluation.files import write_text
 from vla.selection import parse_indices
 from vla.sim.episode import BENCHMARK_SEEDS, Episode, benchmark_episode
 from vla.sim.suites import load_suite

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 
+from vla.atomic import write_text
 from vla.errors import UserError
-from vla.evaluation.files import write_text
 from vla.sim.episode import Episode
 
 EPISODES_FILE = "episodes.jsonl"

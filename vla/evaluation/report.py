@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader
 
+from vla.atomic import write_text
 from vla.evaluation.display import percent
-from vla.evaluation.files import write_text
 from vla.evaluation.plan import Plan, episode_name
 from vla.evaluation.records import ERROR, FAILURE, SUCCESS, EpisodeRecord
 from vla.evaluation.routing_trace import RoutingTrace

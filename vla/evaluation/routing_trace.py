@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vla.atomic import write_bytes
 from vla.contract import IMAGE_PREFIX
-from vla.evaluation.files import write_bytes
 from vla.policy.routing_report import RoutingReport
 
 #: Colour that unlit patches fade to, and the colour of full attention; grey and amber read on any scene.

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from vla.atomic import write_bytes
 from vla.errors import UserError
 from vla.evaluation.display import RunDisplay, print_scores
-from vla.evaluation.files import output_folder, write_bytes
+from vla.evaluation.files import output_folder
 from vla.evaluation.plan import PLAN_FILE, Plan, episode_name, make_plan
 from vla.evaluation.policy_source import SHIPPED_CHECKPOINT, CheckpointSource, PolicySource
 from vla.evaluation.records import ERROR, FAILURE, EpisodeLog, EpisodeRecord

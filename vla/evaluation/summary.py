@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vla.evaluation.files import write_text
+from vla.atomic import write_text
 from vla.evaluation.plan import Plan
 from vla.evaluation.policy_source import PolicySource
 from vla.evaluation.records import ERROR, EpisodeRecord

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from typing import Any
 
 from lerobot.configs import NormalizationMode
 
+from vla.atomic import write_text
 from vla.contract import ACTION_KEY, STATE_KEY, Interface, PolicyContract
 
 MANIFEST_FILE = "manifest.json"
@@ -97,11 +97,7 @@ def source_commit() -> str | None:
 
 def save_manifest(folder: Path, manifest: dict[str, Any]) -> Path:
     """Write ``manifest.json`` into `folder` atomically and return its path."""
-    path = Path(folder) / MANIFEST_FILE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-    os.replace(temporary, path)
-    return path
+    return write_text(Path(folder) / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from vla.atomic import write_text
 from vla.errors import UserError
 from vla.training.augmentation import AugmentationConfig
 
@@ -146,9 +146,8 @@ def write_record(config: TrainConfig, record: dict[str, Any]) -> None:
     if not config.resume and config.out.exists():
         shutil.rmtree(config.out)
     config.out.mkdir(parents=True, exist_ok=True)
-    temporary = config.out / f"{RECORD_FILE}.tmp"
-    temporary.write_text(json.dumps(record | {"config": config.to_json()}, indent=2) + "\n")
-    os.replace(temporary, config.out / RECORD_FILE)
+    content = record | {"config": config.to_json()}
+    write_text(config.out / RECORD_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def _read_record(out: Path) -> dict[str, Any]:

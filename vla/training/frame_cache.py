@@ -32,6 +32,7 @@ from lerobot.datasets.video_utils import decode_video_frames
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vla.atomic import write_text
 from vla.errors import UserError
 from vla.policy.images import resize_area
 from vla.training.dataset import Demonstrations
@@ -148,7 +149,7 @@ def _build(dataset: Demonstrations, size: int, final: Path, quiet: bool) -> None
             stop.set()  # otherwise the pool would finish hours of decoding after Ctrl-C
     for key in shapes:
         _progress_file(partial, key).unlink()
-    _write_atomically(partial / "frames.json", json.dumps({"format": _FORMAT, "cameras": shapes}, indent=2))
+    write_text(partial / "frames.json", json.dumps({"format": _FORMAT, "cameras": shapes}, indent=2))
     os.replace(partial, final)
 
 
@@ -175,7 +176,7 @@ def _write_camera(
             file.write(resized.permute(0, 2, 3, 1).contiguous().numpy().data)
             file.flush()
             done += len(frames)
-            _write_atomically(progress, str(done))
+            write_text(progress, str(done))
             advance(len(frames))
         file.truncate()
     if done != shape[0]:
@@ -246,9 +247,3 @@ def _file_name(key: str) -> str:
 
 def _progress_file(folder: Path, key: str) -> Path:
     return folder / f"{key}.progress"
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
