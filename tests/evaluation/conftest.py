@@ -19,7 +19,6 @@ def eval_config(tmp_path):
             "init_states": "0-5",
             "out": tmp_path / "out",
             "max_steps": 60,
-            "videos": "none",
         }
         return EvalConfig(**small | options)
 

@@ -27,7 +27,8 @@ def checkpoint(tmp_path_factory):
 def finished(checkpoint, tmp_path_factory):
     """Two episodes of one task, started from the command line, with one film."""
     out = tmp_path_factory.mktemp("evaluation") / "out"
-    options = ["--tasks=3", "--init-states=0-1", "--workers=1", "--max-steps=20", "--max-videos=1"]
+    options = ["--tasks=3", "--init-states=0-1", "--workers=1", "--max-steps=20", "--videos=failures"]
+    options += ["--max-videos=1"]
     command = [sys.executable, "-m", "vla.cli", "eval", "--checkpoint", checkpoint, "--out", out, *options]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -20,6 +20,8 @@ from vla.evaluation import run
 from vla.evaluation.files import output_folder
 from vla.evaluation.records import EpisodeLog, read_records
 from vla.evaluation.run import EvalConfig, evaluate, evaluate_source, film_choice
+from vla.training.curves import CURVES_FILE
+from vla.training.metrics import METRICS_FILE
 
 SOURCE = ScriptedSource()
 SLOW = Simulate(Trouble(step_seconds=0.02))
@@ -33,7 +35,9 @@ def results(folder):
 def finished(tmp_path_factory):
     """One finished evaluation with films of failures: (folder, summary)."""
     out = tmp_path_factory.mktemp("evaluation") / "out"
-    config = EvalConfig(tasks="0,1", init_states="0-5", out=out, max_steps=60, max_videos=2)
+    config = EvalConfig(
+        tasks="0,1", init_states="0-5", out=out, max_steps=60, videos="failures", max_videos=2
+    )
     return out, evaluate_source(config, SOURCE, Simulate())
 
 
@@ -74,12 +78,30 @@ def test_the_report_is_one_file_without_external_resources(finished):
 
 def test_an_existing_folder_is_refused_unless_told_otherwise(finished):
     out, _ = finished
-    config = EvalConfig(tasks="0,1", init_states="0-5", out=out, max_steps=60, max_videos=2)
+    config = EvalConfig(
+        tasks="0,1", init_states="0-5", out=out, max_steps=60, videos="failures", max_videos=2
+    )
     with pytest.raises(UserError, match=r"already exists; use --resume .* --overwrite"):
         evaluate_source(config, SOURCE, Simulate())
     before = results(out)
     evaluate_source(replace(config, resume=True), SOURCE, Simulate())  # all done: nothing runs
     assert results(out) == before
+
+
+def test_films_are_made_only_on_request_also_afterwards(eval_config):
+    config = eval_config(tasks="0", init_states="0-3", max_steps=3)  # too short: every episode fails
+    evaluate_source(config, SOURCE, Simulate())
+    assert not (config.out / "videos").exists()
+    evaluate_source(replace(config, resume=True, videos="failures", max_videos=1), SOURCE, Simulate())
+    assert len(list((config.out / "videos").iterdir())) == 1
+
+
+def test_an_evaluation_inside_a_run_appears_in_the_curves_of_the_run(eval_config, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / METRICS_FILE).write_text("")
+    evaluate_source(eval_config(tasks="0", init_states="0", out=run / "eval"), SOURCE, Simulate())
+    assert (run / CURVES_FILE).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

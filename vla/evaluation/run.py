@@ -28,6 +28,8 @@ from vla.evaluation.schedule import EpisodeQueue
 from vla.evaluation.summary import save_summary, summarise
 from vla.evaluation.workers import Backend, LocalWorkers, supervise
 from vla.sim.episode import Episode
+from vla.training.curves import draw_curves
+from vla.training.metrics import METRICS_FILE
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class EvalConfig:
     """Actions to execute per query; the checkpoint's own number by default."""
     seed: int = 0
     """0 keeps the benchmark's seed of every episode; another number moves all of them."""
-    videos: Literal["none", "failures", "all"] = "failures"
-    """Episodes to run once more with a film at true speed, at most --max-videos."""
+    videos: Literal["none", "failures", "all"] = "none"
+    """Episodes to run once more for a film at true speed in the report; also later, with --resume."""
     max_videos: int = 4
     """How many episodes to film, spread over the tasks; filming one takes about ten times its time."""
     episode_timeout: float = 900.0
@@ -105,9 +107,17 @@ def evaluate_source(
         save_summary(folder, summary)
         unrepeated = _film(config, job, records, folder)
         report = write_report(folder, plan, records, summary)
+    _mark_in_curves(config.out)
     print_scores(summary, report)
     _complain(records, unrepeated, report)
     return summary
+
+
+def _mark_in_curves(out: Path) -> None:
+    """Draw the curves of the training run that the evaluation lies in, if any, with the new success rate."""
+    for folder in out.resolve().parents:
+        if (folder / METRICS_FILE).exists():
+            draw_curves(folder)
 
 
 def in_plan_order(plan: Plan, records: Iterable[EpisodeRecord]) -> list[EpisodeRecord]:
