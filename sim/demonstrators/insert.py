@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.spatial import cKDTree
+from scipy.spatial.transform import Rotation
 
 from .grasp import Grasp, GraspError, choose, search
 from .hand import FINGER_INNER, hand_meets
 from .motion import CLOSE, OPEN, UP, Actions, Limits, Tolerance, funnel, leaning, reach, servo, stay
-from .pick import Hold, holding, take
-from .place import Drop, carry_action, carry_height
+from .pick import Hold, take
+from .place import Drop, carry_action, ceiling
 from .scene import Pose, Region, Scene
 from .style import Manner
 
 TILTS = np.radians([40, 50, 60, 70, 80, 90])
 """How far the hand leans into the compartment."""
+
+TURNS = np.radians([0, 15, -15, 30, -30])
+"""Turns of the leaning hand about the vertical, in the order in which they are tried."""
 
 AIR = 0.006
 """Metres between a carried object and the compartment's floor."""
@@ -60,13 +64,12 @@ def insert(
     region = scene.region(target)
     goal = inner_goal(scene, name, region, out)
     grasp = choose(plan_leaning(scene, name, goal, out), manner.grasp_spread, rng)
-    yield from take(scene, name, grasp, manner)
-    if not holding(scene, name):
+    if not (yield from take(scene, name, grasp, manner)):
         return
     before = goal + out * _way_in(scene, name, goal, region, out)
     drop = Drop(before, before[2], scene.hand.rotation)
-    height = carry_height(scene, name, before, manner.carry_clearance)
-    yield from _while_held(scene, name, drop, height, manner)
+    floor = ceiling(scene, name, before) + manner.carry_clearance
+    yield from _while_held(scene, name, drop, floor, manner)
     yield from _slide_in(scene, name, goal, out, drop, manner)
     here = scene.hand
     yield from stay(scene, lambda: here, OPEN, manner.limits, 6)
@@ -74,13 +77,13 @@ def insert(
     yield from reach(scene, lambda: away, OPEN, manner.limits, tolerance=Tolerance(0.03, 0.3), patience=30)
 
 
-def _while_held(scene: Scene, name: str, drop: Drop, height: float, manner: Manner) -> Actions:
+def _while_held(scene: Scene, name: str, drop: Drop, floor: float, manner: Manner) -> Actions:
     hold = Hold(scene, name)
     for _ in range(160):
         apart = np.linalg.norm(scene.pose(name).position - drop.origin)
         if apart < 0.012 or hold.lost():
             return
-        yield carry_action(scene, name, drop, height, manner.limits)
+        yield carry_action(scene, name, drop, floor, manner.limits)
 
 
 def _slide_in(
@@ -133,19 +136,24 @@ def _way_in(scene: Scene, name: str, goal: np.ndarray, region: Region, out: np.n
 
 
 def plan_leaning(scene: Scene, name: str, goal: np.ndarray, out: np.ndarray) -> list[Grasp]:
-    """Return the grasps, best first, whose hand leans against `out` and is free at the goal as well."""
+    """Return the grasps, best first, whose hand leans against `out` and is free at the goal as well.
+
+    Of the `TURNS`, the first with any such grasp is taken. Raises `GraspError` when there is none.
+    """
     shape, pose = scene.cloud(name), scene.pose(name)
     obstacles = scene.obstacles(name).points
-    rotations = [(leaning(-out, tilt, across=True), 0.0) for tilt in TILTS]
-    shift = goal - pose.position
-    fits = []
-    for grasp in sorted(search(shape, pose, obstacles, rotations), key=lambda grasp: grasp.cost):
-        hand = grasp.hand(pose)
-        inside = Pose(hand.position + shift, hand.rotation)
-        if not hand_meets(obstacles, inside, min(FINGER_INNER, grasp.width / 2 + 0.01), 0.0):
-            fits.append(grasp)
-        if len(fits) == 60:
-            break
-    if not fits:
-        raise GraspError(f"No hand pose can carry '{name}' through the opening.")
-    return fits
+    for turn in TURNS:
+        straight = [leaning(-out, tilt, across=True) for tilt in TILTS]
+        rotations = [(Rotation.from_rotvec(turn * UP).as_matrix() @ facing, 0.0) for facing in straight]
+        found = sorted(search(shape, pose, obstacles, rotations), key=lambda grasp: grasp.cost)
+        fits = [grasp for grasp in found if _fits(grasp, pose, goal, obstacles)]
+        if fits:
+            return fits
+    raise GraspError(f"No hand pose can carry '{name}' through the opening.")
+
+
+def _fits(grasp: Grasp, pose: Pose, goal: np.ndarray, obstacles: np.ndarray) -> bool:
+    """Return whether the hand is free when the entity, now at `pose`, has its origin at `goal`."""
+    hand = grasp.hand(pose)
+    inside = Pose(hand.position + goal - pose.position, hand.rotation)
+    return not hand_meets(obstacles, inside, min(FINGER_INNER, grasp.width / 2 + 0.01), 0.0)

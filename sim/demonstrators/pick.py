@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import numpy as np
 
 from .grasp import Grasp
@@ -66,8 +68,13 @@ def clear_height(scene: Scene, name: str, target: Pose, height: float) -> float:
     return max(height, float(blocking[:, 2].max() + FINGER_TIP + 0.02 - target.position[2]))
 
 
-def take(scene: Scene, name: str, grasp: Grasp, manner: Manner, lift: float = 0.03) -> Actions:
-    """Grasp the entity `name` and lift it by `lift`; the caller checks `holding` and may try again."""
+def take(
+    scene: Scene, name: str, grasp: Grasp, manner: Manner, lift: float = 0.03
+) -> Generator[np.ndarray, None, bool]:
+    """Grasp the entity `name`, lift it by `lift` and return whether it came along.
+
+    Contacts do not tell: those of a thin rim between the fingers come and go.
+    """
     planned = scene.pose(name).rotation
 
     def toppled() -> bool:
@@ -82,13 +89,18 @@ def take(scene: Scene, name: str, grasp: Grasp, manner: Manner, lift: float = 0.
     yield from open_gripper(scene, manner)
     yield from reach(scene, entry, OPEN, manner.limits, until=toppled, tolerance=Tolerance(0.006, 0.08))
     if toppled():
-        return
+        return False
+    standing = scene.pose(name).position[2]
     yield from close_gripper(scene, grasp.hand(scene.pose(name)), manner)
     raised = scene.hand
     raised = Pose(raised.position + lift * UP, raised.rotation)
     yield from reach(
         scene, lambda: raised, CLOSE, manner.limits, tolerance=Tolerance(0.012, 0.2), patience=20
     )
+    came_along = bool(scene.pose(name).position[2] - standing > lift / 5) or holding(scene, name)
+    if not came_along:
+        yield from open_gripper(scene, manner)
+    return came_along
 
 
 def open_gripper(scene: Scene, manner: Manner, width: float = 0.07) -> Actions:

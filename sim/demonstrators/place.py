@@ -146,23 +146,23 @@ def _free_height(hand: Pose, opening: float, obstacles: np.ndarray, shift: np.nd
     return rise + 0.3
 
 
-def carry_height(scene: Scene, name: str, goal: np.ndarray, clearance: float) -> float:
-    """Return the hand height at which the held entity clears everything on its straight way to `goal`."""
+def ceiling(scene: Scene, name: str, goal: np.ndarray) -> float:
+    """Return the height of what stands highest on the entity's straight way to `goal`, -inf for nothing."""
     obstacles, shape = scene.obstacles(name).points, scene.cloud(name).points
     start = scene.pose(name).position
     radius = np.linalg.norm(shape[:, :2] - start[:2], axis=1).max() + 0.02
     _, aside = corridor(obstacles, start, goal)
-    highest = obstacles[aside < radius, 2].max(initial=-np.inf)
-    hang = scene.hand.position[2] - shape[:, 2].min()
-    return float(highest + clearance + hang)
+    return float(obstacles[aside < radius, 2].max(initial=-np.inf))
 
 
-def carry_action(scene: Scene, name: str, drop: Drop, height: float, limits: Limits) -> np.ndarray:
-    """Return the action that brings the held entity's origin towards the drop, over `height`.
+def carry_action(scene: Scene, name: str, drop: Drop, floor: float, limits: Limits) -> np.ndarray:
+    """Return the action that brings the held entity's origin towards the drop, no part of it below `floor`.
 
-    Rises first, travels once nearly high enough, and comes down in a steep cone around the drop point.
+    Rises first, travels once nearly high enough, and comes down in a steep cone around the drop point. How
+    low the entity hangs is looked at anew every time: it may slip or swing in the hand.
     """
     hand, origin = scene.hand, scene.pose(name).position
+    height = floor + hand.position[2] - scene.cloud(name).points[:, 2].min()
     error = drop.origin - origin
     away = float(np.linalg.norm(error[:2]))
     low = hand.position[2] + error[2]
@@ -178,7 +178,7 @@ def place(scene: Scene, name: str, predicate: str, target: str, manner: Manner) 
     Ends early when the object is lost.
     """
     drop = plan_drop(scene, name, predicate, target, manner, scene.hand, scene.gripper_width / 2)
-    height = carry_height(scene, name, drop.origin, manner.carry_clearance)
+    floor = ceiling(scene, name, drop.origin) + manner.carry_clearance
     hold = Hold(scene, name)
     for _ in range(160):
         if hold.lost():
@@ -186,7 +186,7 @@ def place(scene: Scene, name: str, predicate: str, target: str, manner: Manner) 
         error = drop.origin - scene.pose(name).position
         if np.linalg.norm(error[:2]) < 0.012 and abs(error[2]) < 0.008:
             break
-        yield carry_action(scene, name, drop, height, manner.limits)
+        yield carry_action(scene, name, drop, floor, manner.limits)
     yield from release(scene, manner)
 
 

@@ -12,9 +12,9 @@ from .grasp import GraspError, choose, plan_grasps
 from .insert import insert, opening
 from .knob import turn_knob
 from .motion import Actions
-from .pick import holding, take
+from .pick import take
 from .place import destination, low_release, place, withdraw
-from .push import is_flat, push
+from .push import is_dish, push
 from .scene import Scene
 from .style import Manner
 
@@ -30,7 +30,7 @@ def bring(scene: Scene, predicate: tuple[str, ...], manner: Manner, rng: np.rand
         yield from insert(scene, name, target, out, manner, rng)
         return
     goal, _ = destination(scene, relation, target)
-    if scene.on_surface(target) and is_flat(scene, name):
+    if scene.on_surface(target) and is_dish(scene, name):
         yield from push(scene, name, predicate, goal, manner)
         yield from withdraw(scene, manner)
         return
@@ -38,8 +38,7 @@ def bring(scene: Scene, predicate: tuple[str, ...], manner: Manner, rng: np.rand
     if scene.is_drawer(target):
         grasps = low_release(scene, name, target, grasps, manner)
     grasp = choose(grasps, manner.grasp_spread, rng)
-    yield from take(scene, name, grasp, manner)
-    if holding(scene, name):
+    if (yield from take(scene, name, grasp, manner)):
         yield from place(scene, name, relation, target, manner)
 
 

@@ -17,7 +17,7 @@ from .style import Manner
 FLAT = 0.03
 """Things lower than this, metres, offer only a slanted rim to pinch: they are pushed instead of lifted."""
 
-LEANS = np.radians(np.arange(5, 36, 5))
+LEANS = np.radians(np.arange(5, 56, 5))
 """Leans of the raking hand to try: its palm is above the object, away from what stands behind."""
 
 TURNS = np.radians(np.arange(-30, 31, 5))
@@ -33,9 +33,10 @@ SLIPPED = 0.03
 """Metres by which the entity may shift against the hand before it counts as lost."""
 
 
-def is_flat(scene: Scene, name: str) -> bool:
-    """Return whether the entity is lower than `FLAT`."""
-    return float(np.ptp(scene.cloud(name).points[:, 2])) < FLAT
+def is_dish(scene: Scene, name: str) -> bool:
+    """Return whether the entity is lower than `FLAT` and too wide for the hand to span it."""
+    across, along, height = np.ptp(scene.cloud(name).points, axis=0)
+    return bool(height < FLAT and min(across, along) > 2 * (FINGER_INNER + FINGER_HALF_WIDTH))
 
 
 def push(scene: Scene, name: str, predicate: tuple[str, ...], goal: np.ndarray, manner: Manner) -> Actions:
@@ -79,17 +80,21 @@ def cradle(scene: Scene, name: str, way: np.ndarray) -> Pose:
     obstacles = obstacles[np.linalg.norm(obstacles - origin, axis=1) < 0.4]
     for lean, turn in sorted(itertools.product(LEANS, TURNS), key=lambda pair: pair[0] + abs(pair[1])):
         pose = _behind(scene, name, Rotation.from_rotvec(turn * UP).as_matrix() @ way, lean)
+        if pose is None:
+            continue
         hand = Pose(origin + pose.position - STAND_OFF * way, pose.rotation)
         if not hand_meets(obstacles, hand, FINGER_INNER, 0.001):
             return pose
     raise GraspError(f"There is no room for the hand behind '{name}'.")
 
 
-def _behind(scene: Scene, name: str, way: np.ndarray, lean: float) -> Pose:
-    """Return the cradle for pushing along `way` with a hand that leans back by `lean` radians."""
+def _behind(scene: Scene, name: str, way: np.ndarray, lean: float) -> Pose | None:
+    """Return the cradle for pushing along `way` with a hand that leans back, None if nothing touches it."""
     shape = scene.cloud(name).points - scene.pose(name).position
     along, across = shape @ way, np.cross(shape, way)[:, 2]
     touched = np.abs(np.abs(across) - FINGER_INNER - 0.005) < FINGER_HALF_WIDTH
+    if not touched.any():
+        return None
     trailing = along[touched].min() - FINGER_HALF_WIDTH - np.ptp(shape[:, 2]) * np.tan(lean)
     rotation = leaning(-way, lean, across=True)
     tip = trailing * way + (shape[:, 2].min() + TIP_AIR + FINGER_HALF_WIDTH * np.sin(lean)) * UP
