@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from vla.atomic import write_text
 from vla.errors import UserError
 from vla.sim.suites import suite_names
 
@@ -60,9 +60,7 @@ def verify_assets() -> AssetReport:
 
 def record_hashes(path: Path = HASHES_PATH) -> None:
     """Write the list that `verify_assets` compares with; only for a new release of the benchmark."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(_folder_hashes()[0], indent=0, sort_keys=True) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(_folder_hashes()[0], indent=0, sort_keys=True) + "\n")
 
 
 def _folder_hashes() -> tuple[dict[str, str], int]:

@@ -24,6 +24,7 @@ import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vla import __version__
+from vla.atomic import write_text
 from vla.errors import UserError
 from vla.selection import parse_indices
 from vla.sim.collection_workers import AttemptSchedule, WorkerPool, WorkOrder
@@ -175,9 +176,7 @@ def _prepare(config: CollectConfig, partial: Path) -> None:
     if plan.exists():
         _require_same_plan(_read_json(plan), config, partial)
     else:
-        temporary = plan.with_suffix(".tmp")
-        temporary.write_text(json.dumps(_plan(config), indent=2) + "\n")
-        os.replace(temporary, plan)
+        write_text(plan, json.dumps(_plan(config), indent=2) + "\n")
     for leftover in partial.glob("attempts/*/.attempt_*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

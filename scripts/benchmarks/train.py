@@ -34,8 +34,9 @@ from vla.training.precision import time_precisions
 from vla.training.trainer import Trainer
 
 BATCH_SIZE = 64
-STEPS = 8
 WARM_UP = 2
+ROUNDS, STEPS = 3, 8
+"""The figures are medians over rounds of so many steps."""
 
 
 def run(dataset: Path | None = None) -> list[dict[str, Any]]:
@@ -93,7 +94,7 @@ def measure_ours(
         marks.append(time.perf_counter())
         if index >= WARM_UP:
             for name, seconds in zip(parts, np.diff(marks).tolist(), strict=True):
-                parts[name] += seconds / STEPS
+                parts[name] += seconds / (ROUNDS * STEPS)
 
     return _samples_per_second(step), precision, parts
 
@@ -182,10 +183,13 @@ def _trainer(root: Path, folder: Path, frame_cache: bool) -> Trainer:
 def _samples_per_second(step: Callable[[int], None]) -> float:
     for index in range(WARM_UP):
         step(index)
-    begin = time.perf_counter()
-    for index in range(WARM_UP, WARM_UP + STEPS):
-        step(index)
-    return STEPS * BATCH_SIZE / (time.perf_counter() - begin)
+    rates = []
+    for round_ in range(ROUNDS):
+        begin = time.perf_counter()
+        for index in range(STEPS):
+            step(WARM_UP + round_ * STEPS + index)
+        rates.append(STEPS * BATCH_SIZE / (time.perf_counter() - begin))
+    return float(np.median(rates))
 
 
 def _row(name: str, value: float, baseline: str, baseline_value: float) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.progress import track
 from rich.table import Table
 from scipy.stats import binomtest
 
+from vla.atomic import write_text
 from vla.errors import UserError
 
 from ..episode import Episode, demonstration_seed, held_out_seed
@@ -88,7 +88,8 @@ def demonstrator_table(config: DemonstratorTableConfig) -> None:
             pass
     rows = [row for job in jobs for row in _records(job.path)]
     summary = summarise(rows)
-    _write(config.out / "table.json", {"config": asdict(config), "tasks": summary})
+    content = {"config": asdict(config), "tasks": summary}
+    write_text(config.out / "table.json", json.dumps(content, indent=2, default=str) + "\n")
     _print(summary)
 
 
@@ -196,9 +197,3 @@ def _cells(entry: dict) -> tuple[str, ...]:
     steps = "-" if entry["mean_steps"] is None else f"{entry['mean_steps']:.0f}"
     longest = "-" if entry["max_steps"] is None else str(entry["max_steps"])
     return f"{entry['successes']}/{entry['episodes']}", f"{low:.0%} to {high:.0%}", steps, longest
-
-
-def _write(path: Path, content: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    os.replace(temporary, path)

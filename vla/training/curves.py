@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from vla.atomic import write_bytes
 from vla.training.metrics import METRICS_FILE, Row, read_metrics
 
 CURVES_FILE = "curves.png"
@@ -28,11 +29,9 @@ def draw_curves(out: Path) -> Path:
     _draw_success(axes, success_points(out))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper right")
-    path = out / CURVES_FILE
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, path)
-    return path
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
+    return write_bytes(out / CURVES_FILE, picture.getvalue())
 
 
 def success_points(out: Path) -> list[tuple[int, float, float, float]]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
+from vla.atomic import write_text
 from vla.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -39,9 +39,7 @@ class MetricsLog:
         if not enabled:  # a process other than the main one
             return
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._tracker = _open_tracker(tracker, out.resolve().name, run_id, config or {})
 
     def write(self, kind: str, step: int, **values: Any) -> None:
