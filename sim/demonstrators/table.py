@@ -6,6 +6,7 @@ import json
 import multiprocessing
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from vla.atomic import write_text
 from vla.errors import UserError
 
 from ..episode import Episode, demonstration_seed, held_out_seed
+from ..recording import RECORDED_PACKAGES
 from ..suites import load_suite
 from .style import CLEAN, DEFAULT
 
@@ -88,7 +90,8 @@ def demonstrator_table(config: DemonstratorTableConfig) -> None:
             pass
     rows = [row for job in jobs for row in _records(job.path)]
     summary = summarise(rows)
-    content = {"config": asdict(config), "tasks": summary}
+    versions = {package: version(package) for package in RECORDED_PACKAGES}
+    content = {"config": asdict(config), "versions": versions, "tasks": summary}
     write_text(config.out / "table.json", json.dumps(content, indent=2, default=str) + "\n")
     _print(summary)
 
