@@ -188,6 +188,7 @@ def test_a_caller_that_was_away_starts_from_standstill():
     assert later.q[0] - state.q[0] <= 10.0 * LONGEST_STEP**2 + 1e-9
 
 
+@settings(deadline=None)
 @given(st.floats(0, 10), st.floats(0.01, 300), st.floats(1e-4, 0.1))
 def test_stopping_velocity_solves_its_equation(distance, a, dt):
     v = float(stopping_velocity(np.array(distance), np.array(a), dt))
