@@ -1,0 +1,1 @@
+"""LoRA experts: storage, merging and task masks."""

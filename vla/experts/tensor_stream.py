@@ -1,0 +1,134 @@
+"""Safetensors files read and written one tensor at a time, so that a merge never holds a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vla.errors import UserError
+
+_DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """A safetensors file as a lazy mapping from names to tensors.
+
+    Every access opens the file anew: the library maps it into memory, and pages that were read once would
+    otherwise count as this process's memory until the end. Raises `UserError` if the file is absent,
+    damaged or not safetensors.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        with self._open() as file:
+            self._names = dict.fromkeys(sorted(file.keys()))
+            self.metadata: dict[str, str] = file.metadata() or {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with self._open() as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def _open(self):
+        try:
+            return safe_open(self.path, framework="pt")
+        except FileNotFoundError:
+            raise UserError(f"{self.path} does not exist; copy its folder again in full.") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.path} cannot be read ({error}); copy it again.") from None
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Place of one tensor in a file that is still to be written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class TensorWriter:
+    """Writes a safetensors file tensor by tensor, in the order of `layout`, and hashes it on the way.
+
+    The header comes first in the format, so names, dtypes and shapes must be known beforehand. Dtypes must
+    not widen along `layout`: readers view the data in place and need it aligned.
+    """
+
+    def __init__(self, path: Path, layout: Mapping[str, Slot], metadata: Mapping[str, str] | None = None):
+        self._pending = list(layout.items())[::-1]
+        widths = [slot.dtype.itemsize for slot in layout.values()]
+        if widths != sorted(widths, reverse=True):
+            raise ValueError("the layout must list wider dtypes first")
+        header = _header(layout, {"format": "pt", **(metadata or {})})
+        self._digest = hashlib.sha256()
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by close()
+        self._put(len(header).to_bytes(8, "little"))
+        self._put(header)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append the next tensor; raises `ValueError` if it is not the one that the layout announces."""
+        expected, slot = self._pending.pop()
+        if (name, tensor.dtype, tuple(tensor.shape)) != (expected, slot.dtype, slot.shape):
+            raise ValueError(f"{expected} {slot} was announced, not {name} {tensor.dtype} {tensor.shape}")
+        if tensor.numel():
+            self._put(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+    def close(self) -> str:
+        """Finish the file and return its SHA-256; raises `ValueError` if tensors are missing."""
+        self._file.close()
+        if self._pending:
+            raise ValueError(f"{len(self._pending)} announced tensors were not written")
+        return self._digest.hexdigest()
+
+    def abandon(self) -> None:
+        """Close an unfinished file."""
+        self._file.close()
+
+    def _put(self, content) -> None:
+        self._file.write(content)
+        self._digest.update(content)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, what ``sha256sum`` prints."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _header(layout: Mapping[str, Slot], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    start = 0
+    for name, slot in layout.items():
+        entries[name] = {
+            "dtype": _DTYPE_NAMES[slot.dtype],
+            "shape": list(slot.shape),
+            "data_offsets": [start, start + slot.size],
+        }
+        start += slot.size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)  # the data starts on an 8-byte boundary
