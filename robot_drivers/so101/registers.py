@@ -33,7 +33,7 @@ class Register:
         magnitude_bits = 8 * self.size if self.sign_bit is None else self.sign_bit
         if (self.sign_bit is None and value < 0) or abs(value) >= 1 << magnitude_bits:
             raise ValueError(f"{value} does not fit the register at address {self.address}")
-        raw = abs(value) | (1 << self.sign_bit if value < 0 else 0)
+        raw = value if value >= 0 else -value | 1 << self.sign_bit
         return raw.to_bytes(self.size, "little")
 
     def unpack(self, data: bytes) -> int:
@@ -109,3 +109,7 @@ class Condition(IntFlag):
         known = tuple(flag.name.lower() for flag in cls if bits & flag)
         unknown = bits & ~sum(cls)
         return known + ((f"unknown status bits {unknown:#04x}",) if unknown else ())
+
+
+BY_NAME: dict[str, Register] = {name: it for name, it in list(globals().items()) if isinstance(it, Register)}
+"""Every register by its name here."""
