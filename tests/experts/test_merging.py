@@ -1,0 +1,270 @@
+"""Every method against its published formula on dense float64 matrices, and the identities that tie them."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vla.errors import UserError
+from vla.experts.low_rank import LowRank
+from vla.experts.merging.dare import drop_and_rescale
+from vla.experts.merging.emr import Emr, emr
+from vla.experts.merging.magnitude import MagnitudeSurvey, magnitude_threshold
+from vla.experts.merging.method import TensorContext
+from vla.experts.merging.registry import METHODS, make_method
+from vla.experts.merging.ties import ties
+from vla.experts.merging.weighted_average import weighted_average
+from vla.experts.merging.wudi import Interference, wudi, wudi_exact
+
+SHAPES = [(12, 9, 3), (8, 14, 2), (5, 6, 7)]  # m, n, rank: tall, wide, more rank than the matrix has room for
+
+
+def random_updates(m, n, r, experts=3, seed=0, scale=0.3):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        LowRank(torch.randn(m, r, generator=generator) * scale, torch.randn(r, n, generator=generator))
+        for _ in range(experts)
+    ]
+
+
+def merge(name, updates, weights=None, seed=0, **options):
+    """Merge as the engine does: survey first, then the tensor."""
+    method = make_method(name, options)
+    survey = method.start_survey(len(updates))
+    while survey is not None and not survey.done:
+        survey.observe(updates)
+        survey.finish_pass()
+    names = tuple(f"expert{i}" for i in range(len(updates)))
+    return method.merge(
+        updates, TensorContext("layer.weight", names, tuple(weights or [1.0] * len(updates)), seed, survey)
+    )
+
+
+def dense64(updates):
+    return [update.dense().double().numpy() for update in updates]
+
+
+def close(actual, expected, tolerance=2e-4):
+    torch.testing.assert_close(
+        actual.double(), torch.as_tensor(expected).double(), atol=tolerance, rtol=tolerance
+    )
+
+
+def polar64(x):
+    """(x xᵀ)^(-1/2) x through eigenvalues: not the way the code goes."""
+    values, vectors = np.linalg.eigh(x.T @ x)
+    return x @ vectors @ np.diag(values**-0.5) @ vectors.T
+
+
+IDENTITIES = [
+    ("weighted_average", {}),
+    ("task_arithmetic", {}),
+    ("ties", {"density": 1.0}),
+    ("ties", {"density": 1.0, "combine": "sum", "trim": "tensor"}),
+    ("dare", {"drop": 0.0}),
+    ("dare", {"drop": 0.0, "then": "ties"}),
+    ("tsv_m", {}),
+    ("knots", {"combine": "sum"}),
+    ("knots", {"density": 1.0}),
+    ("wudi", {}),
+    ("wudi", {"solver": "exact"}),
+    ("emr", {}),
+]
+
+
+def test_every_method_promises_or_denies_the_identity():
+    assert {name for name, _ in IDENTITIES} | {"iso_c"} == set(METHODS)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("name", "options"), IDENTITIES)
+def test_one_expert_is_the_identity(name, options, shape):
+    update = random_updates(*shape, experts=1)
+    close(merge(name, update, **options), update[0].dense(), tolerance=2e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_expert_that_left_the_tensor_alone_is_no_obstacle(name):
+    updates = random_updates(12, 9, 3)
+    absent = LowRank.zero((12, 9))
+    assert merge(name, [absent, absent]).abs().max() == 0
+    merged = merge(name, [*updates, absent])
+    assert merged.shape == (12, 9) and merged.isfinite().all() and merged.abs().max() > 0
+    if name in ("task_arithmetic", "emr", "iso_c", "knots"):
+        close(merged, merge(name, updates))
+    if name == "wudi":  # Adam's first steps are lr-sized whatever the gradient: rounding decides them
+        close(merged, merge(name, updates), tolerance=1e-2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_knots_with_summed_blocks_is_task_arithmetic(shape):
+    updates = random_updates(*shape)
+    close(merge("knots", updates, combine="sum"), merge("task_arithmetic", updates), tolerance=2e-5)
+
+
+def test_weighted_average_averages_the_experts_weights():
+    updates, weights = random_updates(6, 5, 2), [1.0, 2.0, 5.0]
+    base = torch.randn(6, 5, generator=torch.Generator().manual_seed(9))
+    average = sum(w * (base + u.dense()) for w, u in zip(weights, updates, strict=True)) / 8
+    close(base + merge("weighted_average", updates, weights), average, tolerance=1e-6)
+    with pytest.raises(UserError, match="sum to zero"):
+        weighted_average([base, base], [1.0, -1.0])
+
+
+def test_ties_worked_by_hand():
+    a = torch.tensor([1.0, -2.0, 0.1, 3.0, -1.0])
+    b = torch.tensor([2.0, 1.0, -0.2, 1.0, 1.0])
+    # last entry cancels: plus is elected; the third is trimmed away in both
+    close(ties([a, b], [1, 1], [0.5, 0.5]), [1.5, -2.0, 0.0, 2.0, 1.0])
+    close(ties([a, b], [1, 1], [0.5, 0.5], "sum"), [3.0, -2.0, 0.0, 4.0, 1.0])
+    # weights enter after the election: b outweighs a in the second entry but does not win it
+    close(ties([a, b], [1, 10], [0.5, 0.5], "sum"), [21.0, -2.0, 0.0, 13.0, 10.0])
+
+
+def test_ties_trims_the_whole_task_vector():
+    """Globally the small tensor loses everything; per tensor it keeps its share."""
+    large, small = torch.arange(1.0, 9.0).view(2, 4), torch.arange(1.0, 9.0).view(2, 4) / 100
+    method = make_method("ties", {"density": 0.5})
+    survey = method.start_survey(1)
+    while not survey.done:
+        for tensor in (large, small):
+            survey.observe([LowRank(tensor, torch.eye(4))])
+        survey.finish_pass()
+    assert survey.thresholds == (1.0,)
+    context = TensorContext("small", ("a",), (1.0,), survey=survey)
+    assert method.merge([LowRank(small, torch.eye(4))], context).count_nonzero() == 0
+    kept = merge("ties", [LowRank(small, torch.eye(4))], density=0.5, trim="tensor")
+    close(kept, torch.where(small >= 0.05, small, 0))
+
+
+@given(
+    st.lists(
+        st.floats(-1e6, 1e6, width=32) | st.floats(-(2.0**-100), 2.0**-100, width=32), min_size=1, max_size=60
+    ),
+    st.floats(0.01, 0.99),
+    st.integers(1, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_radix_selection_is_sorting(values, density, parts):
+    vector = torch.tensor(values, dtype=torch.float32)
+    survey = MagnitudeSurvey(1, density)
+    while not survey.done:
+        for part in vector.chunk(parts):
+            survey.count(0, part)
+        survey.finish_pass()
+    k = max(1, int(density * len(vector)))
+    assert survey.thresholds[0] == vector.abs().sort(descending=True).values[k - 1].item()
+    assert magnitude_threshold(vector, density) == survey.thresholds[0]
+
+
+def test_dare_is_unbiased_and_repeatable_in_any_order():
+    ones = torch.ones(400, 500)
+    dropped = drop_and_rescale(ones, 0.75, torch.Generator().manual_seed(0))
+    assert dropped.unique().tolist() == [0.0, 4.0]
+    assert dropped.mean().item() == pytest.approx(1.0, abs=4 * (3 / ones.numel()) ** 0.5)
+    updates = random_updates(12, 9, 3)
+    first = merge("dare", updates)
+    torch.rand(100)  # the global generator plays no part
+    assert torch.equal(first, merge("dare", updates))
+    assert not torch.equal(first, merge("dare", updates, seed=1))
+    context = TensorContext("layer.weight", ("expert2", "expert0"), (1.0, 1.0))
+    alone = merge("dare", updates[:1])
+    swapped = make_method("dare").merge([LowRank.zero((12, 9)), updates[0]], context)
+    assert torch.equal(alone, swapped), "an expert's drops must not depend on its place in the list"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tsv_m_is_the_dense_algorithm(shape):
+    m, n, r = shape
+    updates = random_updates(*shape, experts=2)
+    k = min(r, min(m, n) // 2)
+    parts = [np.linalg.svd(d, full_matrices=False) for d in dense64(updates)]
+    u = polar64(np.hstack([p[0][:, :k] for p in parts]))
+    v = polar64(np.vstack([p[2][:k] for p in parts]).T).T
+    close(merge("tsv_m", updates), u @ np.diag(np.hstack([p[1][:k] for p in parts])) @ v)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_knots_with_ties_is_the_dense_algorithm(shape):
+    updates = random_updates(*shape)
+    n = shape[1]
+    u, s, v = np.linalg.svd(np.hstack(dense64(updates)), full_matrices=False)
+    rank = int((s > 1e-5 * s[0]).sum())
+    blocks = [torch.as_tensor(v[:rank, i * n : (i + 1) * n]) for i in range(3)]
+    trimmed = []
+    for block in blocks:
+        threshold = block.abs().flatten().sort(descending=True).values[int(0.3 * block.numel()) - 1]
+        trimmed.append(torch.where(block.abs() >= threshold, block, 0))
+    stacked = torch.stack(trimmed)
+    agrees = (stacked.sign() == stacked.sum(0).sign()) & (stacked != 0)
+    merged = (stacked * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+    close(merge("knots", updates), u[:, :rank] @ np.diag(s[:rank]) @ merged.numpy())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_iso_c_flattens_the_spectrum_of_the_sum(shape):
+    updates = random_updates(*shape)
+    u, s, v = np.linalg.svd(sum(dense64(updates)), full_matrices=False)
+    rank = int((s > 1e-5 * s[0]).sum())
+    close(merge("iso_c", updates), s[:rank].mean() * u[:, :rank] @ v[:rank], tolerance=1e-3)
+
+
+def interference_loss(tau, deltas):
+    return sum(((tau - d) @ d.T).square().sum() / d.square().sum() for d in deltas)
+
+
+def test_wudi_follows_the_gradient_of_its_loss():
+    updates = random_updates(12, 9, 3)
+    deltas = [update.dense().double() for update in updates]
+    x = torch.randn(12, 9, generator=torch.Generator().manual_seed(3))
+    tau = (sum(deltas) + x.double()).requires_grad_()
+    interference_loss(tau, deltas).backward()
+    close(Interference.of(updates).gradient(x), tau.grad, tolerance=1e-4)
+
+    tau = sum(deltas).clone().requires_grad_()
+    optimizer = torch.optim.Adam([tau], lr=1e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        interference_loss(tau, deltas).backward()
+        optimizer.step()
+    close(wudi(updates, 40, 1e-3), tau.detach(), tolerance=2e-3)
+    assert (tau.detach() - sum(deltas)).abs().max() > 0.02, "the steps must be seen"
+
+
+def test_exact_wudi_is_the_minimum_nearest_to_the_sum():
+    updates = random_updates(12, 20, 3)
+    deltas = [update.dense().double() for update in updates]
+    merged = wudi_exact(updates).double()
+    assert interference_loss(merged, deltas) < 1e-8 * interference_loss(sum(deltas), deltas)
+    # nearest: the correction lies in the experts' row spaces
+    rows = torch.linalg.qr(torch.cat([u.a for u in updates]).double().T)[0]
+    correction = merged - sum(deltas)
+    close(correction @ rows @ rows.T, correction, tolerance=1e-4)
+    # two identical experts: the minimum is the expert itself
+    close(wudi_exact([updates[0], updates[0]]), updates[0].dense(), tolerance=1e-4)
+
+
+def test_emr_worked_by_hand():
+    a, b, c = torch.tensor([[1.0, -2.0, 3.0], [2.0, 1.0, -1.0], [-1.0, 0.5, 2.0]])
+    merged = emr([a, b, c])
+    assert merged.tolist() == [2.0, -2.0, 3.0]
+    masks = [Emr().mask(d, merged).tolist() for d in (a, b, c)]
+    assert masks == [[True, True, True], [True, False, False], [False, False, True]]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("tie", {}, r"no merging method 'tie'\. Did you mean 'ties'\?"),
+        ("ties", {"densety": 1}, r"no option 'densety'\. Did you mean 'density'\?"),
+        ("ties", {"density": "high"}, "'high'; a float is needed"),
+        ("wudi", {"steps": True}, "True; a int is needed"),
+        ("ties", {"density": 0}, "density is 0; it must be above 0"),
+        ("dare", {"drop": 1.0}, "below 1"),
+        ("knots", {"combine": "median"}, "choose from ties, sum"),
+    ],
+)
+def test_wrong_words_are_refused(name, options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make_method(name, options)
