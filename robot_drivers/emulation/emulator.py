@@ -105,6 +105,10 @@ class Emulator:
         """Let time pass in a lockstep world."""
         self.request("advance", seconds=seconds)
 
+    def reset(self) -> None:
+        """Put new servos on the bus, as described at the start, and forget every fault."""
+        self.request("reset")
+
     def trace(self) -> list[dict[str, Any]]:
         """Return the commands since the last call, as ``{"id", "code", "parameters"}``."""
         return self.request("trace")["trace"]

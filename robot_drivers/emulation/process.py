@@ -69,7 +69,8 @@ class EmulatorProcess:
     """The event loop: bytes in, replies out at their time, the world in between, and steering."""
 
     def __init__(self, config: dict[str, Any]):
-        self.line = EmulatedLine([EmulatedServo(**servo) for servo in config["servos"]], config["seed"])
+        self.config = config
+        self.line = self._new_line()
         self.period = config["lockstep"]  # s per goal, None in real time
         self.turnaround = config["turnaround"]
         self.terminal = Terminal(Path(config["port"]))
@@ -98,6 +99,9 @@ class EmulatorProcess:
                 key.data(key.fileobj)
             self._catch_up()
             self._send_due()
+
+    def _new_line(self) -> EmulatedLine:
+        return EmulatedLine([EmulatedServo(**servo) for servo in self.config["servos"]], self.config["seed"])
 
     def _plug(self) -> None:
         self.terminal.plug()
@@ -202,6 +206,9 @@ class EmulatorProcess:
                     servo.set_power(request["on"])
             case "advance":
                 self._advance(request["seconds"])
+            case "reset":
+                self.line = self._new_line()
+                self.outgoing.clear()
             case "hangup":
                 self._pull()
             case "replug":
