@@ -1,0 +1,90 @@
+"""Task masks: which merged weights a task uses (TALL-masks, arXiv 2405.07813; MergeVLA section 3).
+
+``S_m = 1[|τ_m| > λ |τ_merge − τ_m|]``, entry by entry and strict, so that λ = 0 keeps every non-zero of
+``τ_m``. The task's weights are ``Θ_0 + S_m ⊙ τ_merge``. There is no test of the sign: an entry may be kept
+although the merge points against the task. Masks are stored one bit per weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vla.experts.low_rank import LowRank
+
+
+def task_mask(delta: Tensor, merged: Tensor, lam: float) -> Tensor:
+    """``S_m = 1[|τ_m| > λ |τ_merge − τ_m|]``: booleans of the shape of `delta`."""
+    return delta.abs() > (merged - delta).abs_().mul_(lam)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Pack booleans of any shape into uint8, (⌈numel/8⌉,).
+
+    Entry ``i`` of the flattened mask is bit ``i % 8`` of byte ``i // 8``, lowest bit first; spare bits are 0.
+    """
+    return torch.from_numpy(np.packbits(mask.detach().cpu().numpy().reshape(-1), bitorder="little"))
+
+
+def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """Undo `pack`, given the mask's shape; raises `ValueError` if the two do not fit."""
+    count = torch.Size(shape).numel()
+    if packed.dtype != torch.uint8 or packed.shape != ((count + 7) // 8,):
+        raise ValueError(f"{packed.dtype} {tuple(packed.shape)} does not hold a mask of shape {tuple(shape)}")
+    bits = np.unpackbits(packed.cpu().numpy(), count=count, bitorder="little")
+    return torch.from_numpy(bits.view(np.bool_)).view(tuple(shape))
+
+
+def masked_weights(base: Tensor, merged: Tensor, mask: Tensor, rescale: float = 1.0) -> Tensor:
+    """``Θ_0 + γ S_m ⊙ τ_merge`` in float32; ``γ = 1`` except for EMR."""
+    return base.float() + torch.where(mask, merged.float(), 0).mul_(rescale)
+
+
+def unaligned(update: LowRank, generator: torch.Generator) -> LowRank:
+    """The null model of an expert: its update with rows and columns shuffled, ``P τ_m Q``.
+
+    Magnitudes, rank and spectrum stay exactly as they are; only what the experts have in common is lost. A
+    ratio that real experts share with their shuffled selves says nothing about the experts.
+    """
+    m, n = update.shape
+    rows, columns = torch.randperm(m, generator=generator), torch.randperm(n, generator=generator)
+    return LowRank(update.b[rows], update.a[:, columns])
+
+
+@dataclass
+class MaskRatios:
+    """Counts over all masked tensors; `keep` is one per expert.
+
+    A weight is *selfish* if exactly one task uses it.
+    """
+
+    experts: int
+    entries: int = 0
+    selfish: int = 0
+    kept: list[int] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.kept = self.kept or [0] * self.experts
+
+    def add(self, masks: Sequence[Tensor]) -> None:
+        """Count one tensor's masks, one per expert."""
+        users = torch.zeros(masks[0].shape, dtype=torch.int16)
+        for m, mask in enumerate(masks):
+            self.kept[m] += int(mask.count_nonzero())
+            users += mask
+        self.selfish += int((users == 1).count_nonzero())
+        self.entries += users.numel()
+
+    @property
+    def keep_ratios(self) -> list[float]:
+        """Fraction of weights that each task uses."""
+        return [count / self.entries for count in self.kept]
+
+    @property
+    def selfish_ratio(self) -> float:
+        """Fraction of weights that exactly one task uses."""
+        return self.selfish / self.entries
