@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vla.policy.attention import CoupledMask, attend, masked_attention, two_call_attention
+from vla.policy.attention import attend, masked_attention, two_call_attention
+from vla.policy.masks import CoupledMask
 
 
 def test_mask_is_the_one_in_the_docstring():

@@ -2,17 +2,20 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
-from vla.policy.attention import CoupledMask
 from vla.policy.backbones import build_decoder
-from vla.policy.decoder import Layout, RoutedDecoder
+from vla.policy.decoder import RoutedDecoder
+from vla.policy.masks import Layout
 from vla.policy.modeling_cogmerge import CogMergePolicy
+from vla.policy.pruners.pruner import Budget, LayerInput
+from vla.policy.routing import keep_counts
 
 TEXTS = ["open it", "pick up the alphabet soup and place it in the basket"]
 
 
 def routed(config, vision, floor=0.5):
     torch.manual_seed(0)
-    return RoutedDecoder(build_decoder(config, 50), vision, floor, 0.85).eval()
+    budget = Budget(keep_counts(config.decoder_layers, vision, floor, 0.85), (1, 1, vision))
+    return RoutedDecoder(build_decoder(config, 50), budget).eval()
 
 
 @pytest.mark.parametrize("family", [("llama", LlamaConfig, LlamaModel), ("qwen2", Qwen2Config, Qwen2Model)])
@@ -54,11 +57,13 @@ def test_a_bypassed_token_is_invisible_and_unchanged(make_config):
     decoder = routed(config, 8)
     layout = Layout(text=3, vision=8, state=1, action=2)
     x = torch.randn(1, layout.length, 32)
-    mask = CoupledMask(layout.length, layout.prefix)
+    mask = layout.mask("coupled")
     rotary = decoder.backbone.rotary_emb(x, torch.arange(layout.length)[None])
 
     def run(x):
-        return decoder._routed(1, decoder.backbone.layers[1], x, layout, mask, rotary)
+        layer, given = decoder.backbone.layers[1], LayerInput(x, layout, mask, rotary)
+        kept, gates = decoder.routers.select(1, layer, given, None)
+        return decoder._routed(layer, given, kept, gates), kept
 
     y, kept = run(x)
     assert kept.shape == (1, decoder.counts[1]) and decoder.counts[1] < 8
@@ -145,7 +150,7 @@ def test_aggregation_tokens_start_from_their_own_region(make_config):
 
     torch.manual_seed(0)
     encoder = AggregationEncoder(2, 4, make_config(), condition_dim=32)
-    assert encoder.regions == (2, 2)
+    assert encoder.cells == (2, 2)
     for block in encoder.blocks:  # residual branches off: what remains is where the tokens start
         for layer in (block.out, block.mlp[-1]):
             torch.nn.init.zeros_(layer.weight)

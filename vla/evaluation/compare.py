@@ -14,7 +14,6 @@ from rich.table import Table
 
 from vla.atomic import write_text
 from vla.errors import UserError
-from vla.evaluation.display import percent
 from vla.evaluation.plan import Plan
 from vla.evaluation.records import ERROR, EpisodeRecord, read_records
 from vla.evaluation.statistics import exact_paired_p, paired_difference_interval
@@ -132,9 +131,9 @@ def _complete(folder: Path, plan: Plan) -> dict[Episode, EpisodeRecord]:
 
 def _print(rows: list[Comparison], config: CompareConfig) -> None:
     table = Table(title=f"{config.first} (1) against {config.second} (2)", title_justify="left")
-    table.add_column("task")
-    for heading in ("pairs", "(1)", "(2)", "(2) - (1)", "95 % interval", "only (1)", "only (2)", "p exact"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("task", min_width=16)
+    for heading in ("pairs", "(1) %", "(2) %", "(2) - (1), 95 %", "only\n(1)", "only\n(2)", "p\nexact"):
+        table.add_column(heading, justify="right")
     for row in rows:
         last = row is rows[-1]
         if last:
@@ -152,10 +151,9 @@ def _cells(row: Comparison) -> list[str]:
     return [
         row.name,
         str(row.pairs),
-        percent((row.both + row.only_first) / row.pairs if known else None),
-        percent((row.both + row.only_second) / row.pairs if known else None),
-        f"{100 * row.difference:+.1f}" if known else "–",
-        f"{100 * low:+.1f} – {100 * high:+.1f}",
+        f"{100 * (row.both + row.only_first) / row.pairs:.1f}" if known else "–",
+        f"{100 * (row.both + row.only_second) / row.pairs:.1f}" if known else "–",
+        f"{100 * row.difference:+.1f} ({100 * low:+.1f}, {100 * high:+.1f})" if known else "–",
         str(row.only_first),
         str(row.only_second),
         f"{row.p_value:.3g}",

@@ -1,67 +1,16 @@
-"""Coupled attention (CAtten): one specification, two exact executions.
+"""Coupled attention (CAtten, arXiv 2508.21046, section 3.3): one mask specification, two exact executions.
 
-The sequence is ``[text | vision | state | action]``. Everything before the action block is the *prefix*
-and is causal; the action block sees the whole prefix and, in both directions, itself
-(arXiv 2508.21046, section 3.3). Padded text positions are nobody's key.
+What may be seen is said in `vla.policy.masks`; here it is executed.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-
-@dataclass(frozen=True)
-class CoupledMask:
-    """Which query may look at which key.
-
-    `length` tokens, of which the first `prefix` are causal and the rest are the action block; `valid`
-    (B, length) marks real tokens, or is None when nothing is padded. Query ``i`` may see key ``j`` iff
-    ``valid[j]`` and (``j <= i`` or ``i >= prefix``).
-
-    Examples with rows = queries, columns = keys, ``1`` = visible::
-
-        length 5, prefix 3            length 3, prefix 3          length 3, prefix 0
-        (3 observed, 2 action slots)  (plain causal decoder)      (plain bidirectional encoder)
-        1 0 0 | 0 0                   1 0 0                       1 1 1
-        1 1 0 | 0 0                   1 1 0                       1 1 1
-        1 1 1 | 0 0                   1 1 1                       1 1 1
-        ------+----
-        1 1 1 | 1 1
-        1 1 1 | 1 1
-
-        length 5, prefix 3, valid = 1 0 1 1 1 (the second text token is padding)
-        1 0 0 | 0 0
-        1 0 0 | 0 0      a padded query still sees real keys, so that its (unread) softmax is finite
-        1 0 1 | 0 0
-        ------+----
-        1 0 1 | 1 1
-        1 0 1 | 1 1
-
-    The first token must be real: a padded query needs at least one key.
-    """
-
-    length: int
-    prefix: int
-    valid: Tensor | None = None
-
-    @cached_property
-    def dense(self) -> Tensor:
-        """The mask as booleans, (B or 1, 1, length, length); True = visible."""
-        device = None if self.valid is None else self.valid.device
-        position = torch.arange(self.length, device=device)
-        query, key = position[:, None], position[None, :]
-        visible = ((key <= query) | (query >= self.prefix))[None, None]
-        return visible if self.valid is None else visible & self.valid[:, None, None, :]
-
-    def without(self, dropped: int, valid: Tensor | None) -> CoupledMask:
-        """The mask of a subsequence that lost `dropped` prefix tokens and kept the order of the rest."""
-        return CoupledMask(self.length - dropped, self.prefix - dropped, valid)
+from vla.policy.masks import CoupledMask
 
 
 def attend(
@@ -88,7 +37,7 @@ def attend(
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: CoupledMask, scale: float | None = None
 ) -> Tensor:
-    """Run coupled attention as one call with the dense mask.
+    """Run attention as one call with the dense mask, whichever it is.
 
     `q` (B, H, S, d); `k`, `v` (B, G, S, d) with G dividing H. Returns (B, H, S, d).
     """
@@ -100,8 +49,8 @@ def two_call_attention(
 ) -> Tensor:
     """Run coupled attention as one causal call over the prefix and one over all keys for the action rows.
 
-    Exact, not an approximation. Without padding neither call needs a mask tensor, which is what flash
-    kernels want. Shapes as in `masked_attention`.
+    Exact, for `CoupledMask` itself and no other mask. Without padding neither call needs a mask tensor,
+    which is what flash kernels want. Shapes as in `masked_attention`.
     """
     n = mask.prefix
     observed = q[:, :, :n], k[:, :, :n], v[:, :, :n]

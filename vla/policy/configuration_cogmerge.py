@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isqrt
 
 from lerobot.configs import FeatureType, NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
@@ -15,6 +16,9 @@ from vla.policy.presets import preset
 DECODERS = ("llama", "qwen2")
 EXECUTIONS = ("coupled_mask", "coupled_two_call")
 ACTION_DECODERS = ("parallel_l1",)
+REDUCERS = ("efa", "none", "average_pool", "fourier", "farthest_point")
+PRUNERS = ("lfp", "none", "pyramid_drop", "feather", "random")
+MASKS = ("coupled", "causal", "full", "modality_mutual", "no_vision_to_vision")
 
 
 @PreTrainedConfig.register_subclass("cogmerge")
@@ -27,7 +31,11 @@ class CogMergeConfig(PreTrainedConfig):
 
     Sizes: images are square with side `image_size` (pixels) after the policy's own resize; each entry of
     `stem_strides` is one vision encoder; `aggregation_tokens` leave the encoder per camera;
-    `keep_floor` and `keep_dense_above` are the LFP schedule (`vla.policy.routing.keep_counts`).
+    `keep_floor` and `keep_dense_above` are the LFP schedule (`vla.policy.routing.keep_counts`), whose
+    mean is the budget of every pruner.
+
+    Routing: `vision_reducer`, `token_pruner` and `attention_mask` name members of `REDUCERS`, `PRUNERS` and
+    `MASKS`; `attention` names how the mask is executed.
 
     `keyframe` adds one slot that predicts where the gripper acts next; its loss counts with
     `keyframe_weight` and only when the batch brings the target. `action_space` is written into the
@@ -53,6 +61,9 @@ class CogMergeConfig(PreTrainedConfig):
     decoder_kv_heads: int | None = None
     keep_floor: float | None = None
     keep_dense_above: float | None = None
+    vision_reducer: str = "efa"
+    token_pruner: str = "lfp"
+    attention_mask: str = "coupled"
     attention: str = "coupled_mask"
 
     chunk_size: int | None = None
@@ -115,6 +126,9 @@ class CogMergeConfig(PreTrainedConfig):
             )
         for name, known in (
             ("decoder", DECODERS),
+            ("vision_reducer", REDUCERS),
+            ("token_pruner", PRUNERS),
+            ("attention_mask", MASKS),
             ("attention", EXECUTIONS),
             ("action_decoder", ACTION_DECODERS),
         ):
@@ -123,6 +137,16 @@ class CogMergeConfig(PreTrainedConfig):
                     f"Unknown policy.{name} '{getattr(self, name)}'.{nearest(getattr(self, name), known)}"
                     f" Known: {', '.join(known)}."
                 )
+        if self.attention == "coupled_two_call" and self.attention_mask != "coupled":
+            raise UserError(
+                f"policy.attention=coupled_two_call computes the coupled mask only, not"
+                f" policy.attention_mask={self.attention_mask}; use policy.attention=coupled_mask."
+            )
+        if self.vision_reducer == "none" and len(set(self.stem_strides)) > 1:
+            raise UserError(
+                f"policy.vision_reducer=none cannot mix encoders of different strides"
+                f" ({self.stem_strides}): their token counts differ."
+            )
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"policy.dtype must be float32 or bfloat16, not '{self.dtype}'.")
 
@@ -130,6 +154,18 @@ class CogMergeConfig(PreTrainedConfig):
     def camera_keys(self) -> list[str]:
         """Image feature keys in the order in which the model sees the cameras (alphabetical)."""
         return sorted(self.image_features)
+
+    @property
+    def vision_grid(self) -> tuple[int, int]:
+        """Rows and columns of the vision tokens that leave the encoder for one camera.
+
+        The squarest grid of `aggregation_tokens` cells (16 is 4 x 4, 12 is 3 x 4), or all patches.
+        """
+        if self.vision_reducer == "none":
+            return (self.image_size // self.stem_strides[0],) * 2
+        count = self.aggregation_tokens
+        rows = max(rows for rows in range(1, isqrt(count) + 1) if count % rows == 0)
+        return rows, count // rows
 
     @property
     def state_dim(self) -> int:

@@ -7,54 +7,27 @@ in the next (bypass, not deletion); in that layer they are nobody's key (arXiv 2
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vla.policy.attention import CoupledMask
-from vla.policy.routing import LfpRouter, keep_counts, masked_mean, select_top_k
-
-Rotary = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Token counts of the sequence ``[text | vision | state | action]``."""
-
-    text: int
-    vision: int
-    state: int
-    action: int
-
-    @property
-    def prefix(self) -> int:
-        """Tokens before the action block."""
-        return self.text + self.vision + self.state
-
-    @property
-    def length(self) -> int:
-        """All tokens."""
-        return self.prefix + self.action
+from vla.policy.masks import CoupledMask, Layout
+from vla.policy.pruners import PRUNERS
+from vla.policy.pruners.pruner import Budget, LayerInput, Rotary
 
 
 class RoutedDecoder(nn.Module):
-    """The decoder stack with its routers; `counts` holds the kept vision tokens per layer."""
+    """The decoder stack with its routers; `counts` holds the kept vision tokens per layer.
 
-    def __init__(self, backbone: PreTrainedModel, vision_tokens: int, floor: float, dense_above: float):
+    `pruner` names what ranks the tokens (`PRUNERS`), `mask` what attends to what (`MASKS`).
+    """
+
+    def __init__(self, backbone: PreTrainedModel, budget: Budget, pruner: str = "lfp", mask: str = "coupled"):
         super().__init__()
         self.backbone = backbone
-        self.vision_tokens = vision_tokens
-        layers = backbone.config.num_hidden_layers
-        self.counts = keep_counts(layers, vision_tokens, floor, dense_above)
-        self.routers = nn.ModuleDict(
-            {
-                str(layer): LfpRouter(backbone.config.hidden_size)
-                for layer, count in enumerate(self.counts)
-                if count < vision_tokens
-            }
-        )
+        self.mask = mask
+        self.routers = PRUNERS[pruner](backbone.config.hidden_size, budget)
+        self.counts, self.vision_tokens = self.routers.counts, budget.tokens
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed token ids (B, T) to (B, T, d)."""
@@ -73,11 +46,14 @@ class RoutedDecoder(nn.Module):
         if text_valid is not None:
             tail = text_valid.new_ones(len(x), layout.length - layout.text)
             valid = torch.cat([text_valid, tail], dim=1)
-        mask = CoupledMask(layout.length, layout.prefix, valid)
+        mask = layout.mask(self.mask, valid)
         rotary = self.backbone.rotary_emb(x, self._positions(x, valid))
+        kept = None
         for index, layer in enumerate(self.backbone.layers):
-            if str(index) in self.routers:
-                x, kept = self._routed(index, layer, x, layout, mask, rotary)
+            if self.counts[index] < layout.vision:
+                given = LayerInput(x, layout, mask, rotary)
+                kept, gates = self.routers.select(index, layer, given, kept)
+                x = self._routed(layer, given, kept, gates)
                 if trace is not None:
                     trace.setdefault("kept", {})[index] = kept
             else:
@@ -90,37 +66,23 @@ class RoutedDecoder(nn.Module):
             return torch.arange(x.shape[1], device=x.device)[None]
         return valid.long().cumsum(1) - 1
 
-    def _routed(
-        self, index: int, layer: nn.Module, x: Tensor, layout: Layout, mask: CoupledMask, rotary: Rotary
-    ) -> tuple[Tensor, Tensor]:
-        """One LFP layer: rank, gather, compute, scatter. Returns (B, S, d) and the kept indices (B, k)."""
-        text, vision, rest = x.split(
-            [layout.text, layout.vision, layout.length - layout.text - layout.vision], 1
-        )
-        normed = layer.input_layernorm(x[:, : layout.text + layout.vision])
-        instruction = normed[:, : layout.text]
-        if mask.valid is None:
-            u = instruction.mean(1)
-        else:
-            u = masked_mean(instruction, mask.valid[:, : layout.text])
-        logits, gates = self.routers[str(index)](normed[:, layout.text :], u)
-        kept = select_top_k(logits, self.counts[index])
-
+    def _routed(self, layer: nn.Module, given: LayerInput, kept: Tensor, gates: Tensor | None) -> Tensor:
+        """Gather the `kept` vision tokens (B, k), compute with their `gates` (B, k), scatter: (B, S, d)."""
+        x, layout, mask = given.x, given.layout, given.mask
+        text, vision, rest = x.split([layout.text, layout.vision, layout.state + layout.action], 1)
         columns = _columns(kept, layout)
         chosen = vision.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
         gate = torch.ones(columns.shape, dtype=x.dtype, device=x.device)
-        gate = gate.slice_scatter(
-            gates.gather(1, kept).to(x.dtype), 1, layout.text, layout.text + kept.shape[1]
-        )[..., None]
+        if gates is not None:
+            gate = gate.slice_scatter(gates.to(x.dtype), 1, layout.text, layout.text + kept.shape[1])
         small = mask.without(
             layout.vision - kept.shape[1], None if mask.valid is None else mask.valid.gather(1, columns)
         )
         y = torch.cat([text, chosen, rest], dim=1)
-        y = self._gated_layer(layer, y, gate, small, _gather_rotary(rotary, columns))
-
+        y = self._gated_layer(layer, y, gate[..., None], small, _gather_rotary(given.rotary, columns))
         text, chosen, rest = y.split([layout.text, kept.shape[1], rest.shape[1]], 1)
         vision = vision.scatter(1, kept[..., None].expand_as(chosen), chosen)
-        return torch.cat([text, vision, rest], dim=1), kept
+        return torch.cat([text, vision, rest], dim=1)
 
     @staticmethod
     def _gated_layer(layer: nn.Module, x: Tensor, gate: Tensor, mask: CoupledMask, rotary: Rotary) -> Tensor:

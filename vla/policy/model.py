@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 
 from vla.policy.action_decoders import ACTION_DECODERS
 from vla.policy.backbones import build_decoder
-from vla.policy.decoder import Layout, RoutedDecoder
+from vla.policy.decoder import RoutedDecoder
 from vla.policy.instruction import vocabulary_size
-from vla.policy.routing import masked_mean
+from vla.policy.masks import Layout
+from vla.policy.pruners.pruner import Budget
+from vla.policy.routing import keep_counts, masked_mean
 from vla.policy.vision import VisionTower
 
 #: Normalised states beyond this are clamped: an arm that strays outside the demonstrations should look
@@ -44,13 +47,16 @@ class CogMergeModel(nn.Module):
         super().__init__()
         self.config = config
         dim = config.hidden_size
-        cameras = len(config.camera_keys)
+        grid = (len(config.camera_keys), *config.vision_grid)
+        counts = keep_counts(
+            config.decoder_layers, math.prod(grid), config.keep_floor, config.keep_dense_above
+        )
         self.vision = VisionTower(config, condition_dim=dim)
         self.decoder = RoutedDecoder(
             build_decoder(config, vocabulary_size(config.tokenizer)),
-            vision_tokens=cameras * config.aggregation_tokens,
-            floor=config.keep_floor,
-            dense_above=config.keep_dense_above,
+            Budget(counts, grid),
+            pruner=config.token_pruner,
+            mask=config.attention_mask,
         )
         self.state_projector = (
             nn.Sequential(nn.Linear(config.state_dim, dim), nn.GELU(), nn.Linear(dim, dim))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 class RoutingReport:
     """Router decisions for a batch of one.
 
-    `cameras` are the image keys in token order, `tokens_per_camera` the aggregation tokens A of each;
+    `cameras` are the image keys in token order, `tokens_per_camera` the vision tokens A of each;
     vision token ``i`` belongs to camera ``i // A``. `kept[l]` are the ascending indices of the vision tokens
     that routed decoder layer ``l`` computed on. `patch_weights[key]` (A, g, g) says how much of each image
     patch (row, column) went into each aggregation token of that camera; a token's weights sum to at most 1.
@@ -36,7 +37,7 @@ def make_report(config, trace: dict[str, Any]) -> RoutingReport:
     keys = config.camera_keys
     return RoutingReport(
         cameras=tuple(keys),
-        tokens_per_camera=config.aggregation_tokens,
+        tokens_per_camera=math.prod(config.vision_grid),
         kept={layer: kept[0].cpu().numpy() for layer, kept in trace.get("kept", {}).items()},
         patch_weights={key: trace["patch_weights"][0, i].float().cpu().numpy() for i, key in enumerate(keys)},
     )

@@ -6,13 +6,13 @@ Per camera, P patch tokens enter and A learned aggregation tokens leave (arXiv 2
 from __future__ import annotations
 
 from itertools import pairwise
-from math import isqrt
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vla.policy.attention import attend
+from vla.policy.reducers import REDUCERS
 from vla.policy.routing import EncoderGate, Film
 
 
@@ -84,55 +84,89 @@ class VisionBlock(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-class AggregationEncoder(nn.Module):
-    """One vision encoder: stem, position and camera embeddings, FiLM-ed blocks, A aggregation tokens out.
+class Encoder(nn.Module):
+    """What every vision encoder has: stem, position and camera embeddings, FiLM-ed blocks, final norm.
 
-    The cameras of a sample go through as extra batch entries, in one call. The last block computes only
-    the aggregation rows: nothing else leaves. Each aggregation token starts as a learned vector plus the
-    mean patch of its own region of the image. The paper starts from the vector alone, which suits a
-    pretrained encoder; from scratch, tokens that start equal for every image first have to learn to look
-    (a probe task, "find the square of the named colour among four": solved after 500 steps, not at all
-    within 600 without the regions).
+    The cameras of a sample go through as extra batch entries, in one call.
     """
 
     def __init__(self, cameras: int, stride: int, config, condition_dim: int):
         super().__init__()
         dim = config.vision_dim
         self.grid = config.image_size // stride
-        self.tokens = config.aggregation_tokens
+        self.cells = config.vision_grid
         self.stem = ConvStem(config.image_size, stride, config.stem_width, dim)
         self.position = nn.Parameter(torch.randn(self.grid**2, dim) * 0.02)
-        self.regions = _near_square(self.tokens)
-        self.aggregation = nn.Parameter(torch.randn(self.tokens, dim) * 0.1)
         self.camera = nn.Parameter(torch.randn(cameras, 1, dim) * 0.02)
         self.blocks = nn.ModuleList(
             VisionBlock(dim, config.vision_heads, condition_dim) for _ in range(config.vision_layers)
         )
         self.norm = nn.LayerNorm(dim)
 
+    def patches(self, images: Tensor) -> Tensor:
+        """(B, I, 3, S, S) to patch tokens with their positions, (B * I, P, dim)."""
+        return self.stem(images.flatten(0, 1)) + self.position
+
+    def with_camera(self, tokens: Tensor) -> Tensor:
+        """Add the camera's embedding to every token of `tokens` (B * I, T, dim)."""
+        return (tokens.unflatten(0, (-1, len(self.camera))) + self.camera).flatten(0, 1)
+
+    def as_map(self, weights: Tensor) -> Tensor:
+        """Weights over patches (B * I, A, P) as (B, I, A, g, g)."""
+        return weights.unflatten(-1, (self.grid, self.grid)).unflatten(0, (-1, len(self.camera)))
+
+
+class AggregationEncoder(Encoder):
+    """EFA-Routing: A aggregation tokens ride along and are all that leaves.
+
+    The last block computes only the aggregation rows. Each aggregation token starts as a learned vector
+    plus the mean patch of its own region of the image. The paper starts from the vector alone, which suits
+    a pretrained encoder; from scratch, tokens that start equal for every image first have to learn to look
+    (a probe task, "find the square of the named colour among four": solved after 500 steps, not at all
+    within 600 without the regions).
+    """
+
+    def __init__(self, cameras: int, stride: int, config, condition_dim: int):
+        super().__init__(cameras, stride, config, condition_dim)
+        self.tokens = config.aggregation_tokens
+        self.aggregation = nn.Parameter(torch.randn(self.tokens, config.vision_dim) * 0.1)
+
     def forward(self, images: Tensor, condition: Tensor, trace: dict | None = None) -> Tensor:
         """(B, I, 3, S, S) and (B, condition_dim) to (B, I * A, dim); see `VisionTower` for `trace`."""
-        batch, cameras = images.shape[:2]
-        patches = self.stem(images.flatten(0, 1)) + self.position
+        patches = self.patches(images)
         grid = patches.transpose(1, 2).unflatten(-1, (self.grid, self.grid))
-        tokens = self.aggregation + F.adaptive_avg_pool2d(grid, self.regions).flatten(2).transpose(1, 2)
+        tokens = self.aggregation + F.adaptive_avg_pool2d(grid, self.cells).flatten(2).transpose(1, 2)
         # Aggregation tokens first: the last block then updates a leading slice.
-        x = torch.cat([tokens, patches], dim=1)
-        x = (x.unflatten(0, (batch, cameras)) + self.camera).flatten(0, 1)
-        condition = condition.repeat_interleave(cameras, dim=0)
+        x = self.with_camera(torch.cat([tokens, patches], dim=1))
+        condition = condition.repeat_interleave(len(self.camera), dim=0)
         for block in self.blocks[:-1]:
             x = block(x, condition)
         if trace is not None:
             over_patches = self.blocks[-1].attention_map(x, self.tokens)[..., self.tokens :]
-            trace["patch_weights"] = over_patches.reshape(batch, cameras, self.tokens, self.grid, self.grid)
+            trace["patch_weights"] = self.as_map(over_patches)
         x = self.norm(self.blocks[-1](x, condition, rows=self.tokens))
-        return x.reshape(batch, cameras * self.tokens, -1)
+        return x.reshape(len(images), -1, x.shape[-1])
 
 
-def _near_square(count: int) -> tuple[int, int]:
-    """Rows and columns of the squarest grid of `count` cells: 16 is 4 x 4, 12 is 3 x 4."""
-    rows = max(r for r in range(1, isqrt(count) + 1) if count % r == 0)
-    return rows, count // rows
+class PatchEncoder(Encoder):
+    """The patches go through all blocks and a reducer without knowledge of the instruction follows."""
+
+    def __init__(self, cameras: int, stride: int, config, condition_dim: int):
+        super().__init__(cameras, stride, config, condition_dim)
+        self.reduce = REDUCERS[config.vision_reducer]
+
+    def forward(self, images: Tensor, condition: Tensor, trace: dict | None = None) -> Tensor:
+        """(B, I, 3, S, S) and (B, condition_dim) to (B, I * A, dim); see `VisionTower` for `trace`."""
+        x = self.with_camera(self.patches(images))
+        condition = condition.repeat_interleave(len(self.camera), dim=0)
+        for block in self.blocks:
+            x = block(x, condition)
+        x = self.norm(x)
+        weights = self.reduce(x, (self.grid, self.grid), self.cells)
+        if trace is not None:
+            shares = weights.clamp(min=0) / weights.abs().sum(-1, keepdim=True)
+            trace["patch_weights"] = self.as_map(shares.expand(len(x), -1, -1))
+        return (weights @ x).reshape(len(images), -1, x.shape[-1])
 
 
 class VisionTower(nn.Module):
@@ -141,8 +175,9 @@ class VisionTower(nn.Module):
     def __init__(self, config, condition_dim: int):
         super().__init__()
         cameras = len(config.camera_keys)
+        encoder = AggregationEncoder if config.vision_reducer == "efa" else PatchEncoder
         self.encoders = nn.ModuleList(
-            AggregationEncoder(cameras, stride, config, condition_dim) for stride in config.stem_strides
+            encoder(cameras, stride, config, condition_dim) for stride in config.stem_strides
         )
         self.projectors = nn.ModuleList(
             nn.Sequential(
