@@ -50,7 +50,7 @@ class Interpreter:
 
     def close(self):
         self._connection.send_bytes(pickle.dumps(None))
-        assert self._process.wait(timeout=60) == 0
+        assert self._process.wait(timeout=300) == 0
 
 
 @pytest.fixture(scope="session")
