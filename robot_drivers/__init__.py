@@ -11,10 +11,12 @@ from .faults import (
     ServoFault,
 )
 from .safety_filter import Filtered, FilterState, SafetyFilter
+from .supervisor import Cycle, Mode, ModeError, Supervisor, SupervisorConfig
 
 __all__ = [
     "BusCorrupt",
     "BusTimeout",
+    "Cycle",
     "Disconnected",
     "DriverFault",
     "DriverInfo",
@@ -22,9 +24,13 @@ __all__ = [
     "Filtered",
     "Joint",
     "LimitViolation",
+    "Mode",
+    "ModeError",
     "NotCalibrated",
     "RobotDriver",
     "SafetyFilter",
     "ServoFault",
     "State",
+    "Supervisor",
+    "SupervisorConfig",
 ]
