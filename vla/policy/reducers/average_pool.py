@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,10 @@ from torch import Tensor
 
 def average_pool(patches: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
     """Return W (1, h * w, P) with row sums 1; cells differ in size by at most one patch a side."""
+    return _matrix(grid, cells).to(patches)[None]
+
+
+@lru_cache
+def _matrix(grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
     count = grid[0] * grid[1]
-    each = torch.eye(count, dtype=patches.dtype, device=patches.device).reshape(count, 1, *grid)
-    return F.adaptive_avg_pool2d(each, cells).flatten(1).T[None]
+    return F.adaptive_avg_pool2d(torch.eye(count).reshape(count, 1, *grid), cells).flatten(1).T

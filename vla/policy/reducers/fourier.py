@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,8 +15,13 @@ def fourier(patches: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> T
     C_n is the orthonormal DCT-II. The factor undoes the gain of inverting at a smaller size, so that a
     constant image keeps its value.
     """
+    return _matrix(grid, cells).to(patches)[None]
+
+
+@lru_cache
+def _matrix(grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
     rows, columns = (_low_pass(full, small) for full, small in zip(grid, cells, strict=True))
-    return torch.kron(rows, columns).to(patches)[None]
+    return torch.kron(rows, columns)
 
 
 def _low_pass(full: int, small: int) -> Tensor:
