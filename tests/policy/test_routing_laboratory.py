@@ -227,6 +227,16 @@ def test_average_pooling_is_the_mean_of_the_cell():
     assert (weights @ patches).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
 
 
+@pytest.mark.parametrize("name", ["average_pool", "fourier"])
+def test_a_matrix_first_made_in_inference_serves_training(name):
+    cells = (3, 1)  # of a size that no other test uses: the matrix is made here
+    with torch.inference_mode():
+        REDUCERS[name](torch.rand(1, 9, 2), (3, 3), cells)
+    patches = torch.rand(1, 9, 2, requires_grad=True)
+    (REDUCERS[name](patches, (3, 3), cells) @ patches).sum().backward()
+    torch.testing.assert_close(patches.grad.sum(), torch.tensor(6.0))
+
+
 # -- masks ---------------------------------------------------------------------------------------------
 
 LAYOUT = Layout(text=2, vision=2, state=1, action=2)

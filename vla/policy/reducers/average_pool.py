@@ -15,6 +15,7 @@ def average_pool(patches: Tensor, grid: tuple[int, int], cells: tuple[int, int])
 
 
 @lru_cache
+@torch.inference_mode(False)  # the first call may be in inference, a later one in training
 def _matrix(grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
     count = grid[0] * grid[1]
     return F.adaptive_avg_pool2d(torch.eye(count).reshape(count, 1, *grid), cells).flatten(1).T

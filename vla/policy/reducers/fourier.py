@@ -19,6 +19,7 @@ def fourier(patches: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> T
 
 
 @lru_cache
+@torch.inference_mode(False)  # the first call may be in inference, a later one in training
 def _matrix(grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
     rows, columns = (_low_pass(full, small) for full, small in zip(grid, cells, strict=True))
     return torch.kron(rows, columns)
