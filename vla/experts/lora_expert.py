@@ -108,6 +108,11 @@ class LoraExpert:
         rank = self.rank(module)
         return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
 
+    def shape(self, module: str) -> tuple[int, int]:
+        """(m, n) of the layer's weight matrix."""
+        a, b = self._factors[module]
+        return self.tensors[b].shape[0], self.tensors[a].shape[1]
+
     def update(self, module: str) -> LowRank:
         """The layer's task vector ``τ = scale · B A`` in float32; raises `UserError` if it is not finite."""
         a, b = (self.tensors[name].to(torch.float32) for name in self._factors[module])
@@ -153,7 +158,7 @@ class LoraExpert:
         if not (folder / CONFIG_FILE).is_file():
             raise UserError(f"{folder} is not an expert: it holds no {CONFIG_FILE}.")
         return cls(
-            config=_load_json(folder / CONFIG_FILE),
+            config=load_json(folder / CONFIG_FILE),
             tensors=_WithoutPrefix(TensorFile(folder / TENSORS_FILE)),
             card=_load_card(folder / CARD_FILE) if (folder / CARD_FILE).exists() else None,
             contract=PolicyContract.load(folder) if (folder / CONTRACT_FILE).exists() else None,
@@ -293,7 +298,7 @@ def _save_card(folder: Path, card: ExpertCard) -> None:
 
 
 def _load_card(path: Path) -> ExpertCard:
-    content = _load_json(path)
+    content = load_json(path)
     if content.get("version") != CARD_VERSION:
         raise UserError(f"{path} has version {content.get('version')!r}, this release reads {CARD_VERSION}.")
     kinds = {"name": str, "base": str, "head_seed": int | None, "version": int}
@@ -309,7 +314,8 @@ def _fits(content: Mapping[str, Any], key: str, kinds: Mapping[str, Any]) -> boo
     return key in content and key in kinds and isinstance(content[key], kinds[key])
 
 
-def _load_json(path: Path) -> dict[str, Any]:
+def load_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises `UserError` if the file holds anything else."""
     try:
         content = json.loads(path.read_text())
     except ValueError as error:

@@ -1,0 +1,297 @@
+"""The streamed merge: the same numbers as in memory, the same bits twice, whole or not at all."""
+
+import hashlib
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from vla.errors import UserError
+from vla.experts.lora_expert import LoraExpert, declare, make_config
+from vla.experts.low_rank import LowRank
+from vla.experts.merge import merge
+from vla.experts.merged import MergedCheckpoint
+from vla.experts.merging.method import TensorContext
+from vla.experts.merging.registry import METHODS
+from vla.experts.recipe import load_recipe
+from vla.experts.task_masks import task_mask, unpack
+
+SHAPES = {"model.a": (12, 9), "model.b": (8, 14), "model.c": (7, 6)}
+HEAD = {"head.trunk.weight": (4, 9), "head.trunk.bias": (4,), "head.out.weight": (2, 4)}
+NAMES = ("pick", "push", "turn")
+
+
+def random(seed, shape, scale=1.0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def write_base(folder, seed=0):
+    folder.mkdir()
+    tensors = {f"{name}.weight": random(seed + i, shape) for i, (name, shape) in enumerate(SHAPES.items())}
+    tensors["model.c.weight"] = tensors["model.c.weight"].bfloat16()
+    tensors |= {name: random(seed + 20 + i, shape) for i, (name, shape) in enumerate(HEAD.items())}
+    tensors |= {"model.norm.weight": random(seed + 40, 9), "steps": torch.tensor(7)}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"type": "toy"}')
+    (folder / "manifest.json").write_text('{"choice": "last step", "seed": 1}')
+    return folder
+
+
+def write_expert(folder, base, seed, modules=tuple(SHAPES), head_seed=5, head=True):
+    ranks = {module: 2 + i for i, module in enumerate(modules)}
+    tensors = {}
+    for i, (module, rank) in enumerate(ranks.items()):
+        m, n = SHAPES[module]
+        tensors[f"{module}.lora_A.weight"] = random(seed * 100 + i, (rank, n))
+        tensors[f"{module}.lora_B.weight"] = random(seed * 100 + 50 + i, (m, rank), 0.1)
+    if head:
+        tensors |= {name: random(seed * 100 + 70, shape) for name, shape in HEAD.items()}
+    full = ("head.trunk", "head.out") if head else ()
+    LoraExpert(make_config(ranks, alpha=4, full_modules=full), tensors).save(folder)
+    declare(folder, folder.name, base, head_seed)
+    return folder
+
+
+@pytest.fixture
+def scene(tmp_path):
+    """A base in two dtypes and three experts; the third left one tensor alone."""
+    base = write_base(tmp_path / "base")
+    for i, name in enumerate(NAMES):
+        write_expert(tmp_path / name, base, i + 1, tuple(SHAPES)[: 2 if name == "turn" else 3])
+    return tmp_path
+
+
+def run(folder, out="out", **entries):
+    recipe = {"version": 1, "base": "base", "experts": list(NAMES), "method": "task_arithmetic"}
+    recipe |= {"shared": ["head.trunk.*"], "private": ["head.out.*"]} | entries
+    (folder / f"{out}.yaml").write_text(yaml.safe_dump(recipe))
+    merge(load_recipe(folder / f"{out}.yaml"), folder / out)
+    return folder / out
+
+
+def updates_of(scene, module):
+    experts = [LoraExpert.load(scene / name) for name in NAMES]
+    return [e.update(module) if module in e.modules else LowRank.zero(SHAPES[module]) for e in experts]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_streamed_equals_in_memory(scene, name):
+    """The same pure functions on everything at once; TIES' global threshold by sorting the whole vector."""
+    masks = {} if name == "emr" else {"lambda": 0.6}
+    out = run(scene, method=name, alpha=0.8, seed=3, **masks)
+    base, merged, delta = (
+        load_file(scene / p)
+        for p in ("base/model.safetensors", "out/model.safetensors", "out/delta.safetensors")
+    )
+    packed = [load_file(out / "experts" / expert / "mask.safetensors") for expert in NAMES]
+    everything = {module: updates_of(scene, module) for module in SHAPES}
+
+    vectors = [torch.cat([u[m].dense().flatten() for u in everything.values()]).abs() for m in range(3)]
+    thresholds = [v.sort(descending=True).values[int(0.2 * len(v)) - 1].item() for v in vectors]
+
+    for module, updates in everything.items():
+        tensor, method = f"{module}.weight", METHODS[name]()
+        context = TensorContext(tensor, NAMES, (1.0, 1.0, 1.0), 3, SimpleNamespace(thresholds=thresholds))
+        expected = 0.8 * method.merge(updates, context)
+        dtype = base[tensor].dtype
+        assert torch.equal(merged[tensor], (base[tensor].float() + expected).to(dtype))
+        assert torch.equal(delta[tensor], expected.to(dtype))
+        for update, stored in zip(updates, packed, strict=True):
+            dense = update.dense()
+            mask = dense * expected > 0 if name == "emr" else task_mask(dense, expected, 0.6)
+            assert torch.equal(unpack(stored[tensor], SHAPES[module]), mask)
+
+
+def test_the_result_is_an_ordinary_checkpoint(scene):
+    out = run(scene)
+    base, merged = load_file(scene / "base/model.safetensors"), load_file(out / "model.safetensors")
+    assert {k: (v.dtype, v.shape) for k, v in base.items()} == {
+        k: (v.dtype, v.shape) for k, v in merged.items()
+    }
+    assert all(
+        torch.equal(base[name], merged[name]) for name in ("model.norm.weight", "steps", "head.out.weight")
+    )
+    trunk = torch.stack(
+        [
+            load_file(scene / n / "adapter_model.safetensors")["base_model.model.head.trunk.bias"]
+            for n in NAMES
+        ]
+    )
+    torch.testing.assert_close(merged["head.trunk.bias"], trunk.mean(0))
+    assert (out / "config.json").read_bytes() == (scene / "base/config.json").read_bytes()
+    assert json.loads((out / "manifest.json").read_text())["choice"] == "merged"
+    assert not (out / "delta.safetensors").exists()
+
+
+def test_merging_one_peft_adapter_is_merging_it_in_peft(save_base, save_adapter, make_model, tmp_path):
+    """The written folder loads in transformers and answers as PEFT does."""
+    base, (folder, model) = save_base("base"), save_adapter("pick", use_rslora=True)
+    declare(folder, "pick", base)
+    out = run(tmp_path, experts=["pick"], shared=[], private=[])
+    merged = type(make_model()).from_pretrained(out).eval()
+    tokens = torch.arange(6)[None]
+    torch.testing.assert_close(merged(tokens).logits, model(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_second_run_gives_the_same_bits(scene):
+    options = {"method": "dare", "lambda": 0.6, "overrides": {"model.b.*": {"method": "wudi"}}}
+    first, second = run(scene, **options), run(scene, "again", **options)
+    files = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(second) for p in second.rglob("*") if p.is_file())
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
+    other = run(scene, "other_seed", **options, seed=1)
+    assert (other / "model.safetensors").read_bytes() != (first / "model.safetensors").read_bytes()
+
+
+def test_task_weights(scene):
+    out = run(scene, **{"lambda": 0.6, "overrides": {"model.b.*": {"lambda": None}}})
+    merged = MergedCheckpoint.open(out)
+    base = load_file(scene / "base/model.safetensors")
+    for m, name in enumerate(NAMES):
+        weights = dict(merged.task_weights(name))
+        assert set(weights) == {"model.a.weight", "model.c.weight", "head.out.weight"}
+        updates = updates_of(scene, "model.a")
+        tau = sum(u.dense() for u in updates)
+        expected = base["model.a.weight"] + task_mask(updates[m].dense(), tau, 0.6) * tau
+        torch.testing.assert_close(weights["model.a.weight"], expected)
+        own = load_file(scene / name / "adapter_model.safetensors")["base_model.model.head.out.weight"]
+        assert torch.equal(weights["head.out.weight"], own)
+    # an expert that left a tensor alone gets the base there
+    assert torch.equal(dict(merged.task_weights("turn"))["model.c.weight"], base["model.c.weight"])
+    with pytest.raises(UserError, match=r"no expert 'trun'\. Did you mean 'turn'\?"):
+        list(merged.task_weights("trun"))
+
+
+def test_a_single_masked_expert_is_itself(scene):
+    for method in ("ties", "emr"):
+        options = (
+            {"method": method}
+            if method == "emr"
+            else {"method": method, "lambda": 0.6, "options": {"density": 1.0}}
+        )
+        out = run(scene, experts=["pick"], **options)
+        weights = dict(MergedCheckpoint.open(out).task_weights("pick"))
+        expert, base = LoraExpert.load(scene / "pick"), load_file(scene / "base/model.safetensors")
+        for module in ("model.a", "model.b"):
+            torch.testing.assert_close(
+                weights[f"{module}.weight"], base[f"{module}.weight"] + expert.update(module).dense()
+            )
+
+
+def test_emr_restores_each_experts_magnitude(scene):
+    """``γ_m`` makes the masked vector as large, in absolute sum over all tensors, as the expert's own."""
+    out = run(scene, method="emr", dtype="float32")
+    merged, base = MergedCheckpoint.open(out), load_file(scene / "base/model.safetensors")
+    for m, name in enumerate(NAMES):
+        weights = dict(merged.task_weights(name))
+        used = sum((weights[f"{k}.weight"] - base[f"{k}.weight"].float()).abs().sum() for k in SHAPES)
+        own = sum(updates_of(scene, k)[m].dense().abs().sum() for k in SHAPES)
+        torch.testing.assert_close(used, own, rtol=1e-4, atol=0)
+
+
+def test_private_lora_stays_whole(scene):
+    out = run(scene, private=["head.out.*", "model.c.*"], **{"lambda": 0.6})
+    weights = dict(MergedCheckpoint.open(out).task_weights("push"))
+    base = load_file(scene / "base/model.safetensors")["model.c.weight"]
+    own = base.float() + LoraExpert.load(scene / "push").update("model.c").dense()
+    assert torch.equal(weights["model.c.weight"], own.bfloat16())
+    assert "model.c.weight" not in dict(MergedCheckpoint.open(out).task_weights("turn"))
+
+
+def test_manifest_accounts_for_everything(scene):
+    out = run(scene, **{"lambda": 0.6, "dtype": "float32"})
+    manifest = json.loads((out / "merge.json").read_text())
+
+    def sha(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    assert manifest["recipe"] == sha(out / "recipe.yaml") == sha(scene / "out.yaml")
+    assert manifest["base"]["sha256"] == sha(scene / "base/model.safetensors")
+    assert (
+        manifest["outputs"] == {str(p.relative_to(out)): sha(p) for p in out.rglob("*.safetensors")}
+        and len(manifest["outputs"]) == 8
+    )
+    for entry in manifest["experts"]:
+        assert entry["adapter_model.safetensors"] == sha(scene / entry["name"] / "adapter_model.safetensors")
+    assert manifest["tensors"] == {"averaged": 2, "private": 1, "merged": 3, "copied": 2}
+    masks = [load_file(out / f"experts/{name}/mask.safetensors")["model.b.weight"] for name in NAMES]
+    assert all(0 < unpack(mask, SHAPES["model.b"]).float().mean() < 1 for mask in masks)
+    assert (
+        set(manifest["masks"]["experts"]["keep"])
+        == set(manifest["masks"]["null_model"]["keep"])
+        == set(NAMES)
+    )
+    assert {v.dtype for k, v in load_file(out / "model.safetensors").items() if k != "steps"} == {
+        torch.float32
+    }
+
+
+def test_null_model_tells_twins_from_strangers(scene):
+    """Experts with a common update share their weights; the same experts shuffled do not."""
+    tensors = load_file(scene / "pick/adapter_model.safetensors")
+    save_file(tensors, scene / "push/adapter_model.safetensors")
+    out = run(scene, experts=["pick", "push"], **{"lambda": 0.6})
+    masks = json.loads((out / "merge.json").read_text())["masks"]
+    assert masks["experts"]["selfish"] == 0 < 0.2 < masks["null_model"]["selfish"]
+
+
+def test_whole_or_not_at_all(scene):
+    """A value that is not finite, met in the last tensor, leaves the earlier merge and no debris."""
+    out = run(scene)
+    before = (out / "model.safetensors").read_bytes()
+    path = scene / "push/adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.model.c.lora_A.weight"][0, 0] = torch.inf
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=r"not finite in 'model.c'"):
+        run(scene)
+    assert (out / "model.safetensors").read_bytes() == before
+    assert sorted(p.name for p in scene.iterdir()) == sorted([*NAMES, "base", "out", "out.yaml"])
+
+
+def test_misfits_are_refused(scene):
+    def refused(sentence, **entries):
+        with pytest.raises(UserError, match=sentence):
+            run(scene, "refused", **entries)
+        assert not (scene / "refused").exists()
+
+    refused("matches no tensor that an expert changed", private=["head.out.*", "head.nut.*"])
+    refused("'head.trunk.bias' was trained in full", shared=["head.trunk.weight"])
+    refused("takes no weights", method="tsv_m", experts=[{"path": "pick", "weight": 2.0}, "push"])
+    refused("Two experts are named 'pick'", experts=["pick", "pick"])
+    refused("cannot be shared", shared=["head.trunk.*", "model.a.*"])
+    write_expert(scene / "odd", scene / "base", 9, head_seed=6)
+    refused("head seeds are pick 5, odd 6", experts=["pick", "odd"])
+    run(scene, "private_heads", experts=["pick", "odd"], shared=[], private=["head.*"])
+    write_expert(scene / "headless", scene / "base", 9, head=False)
+    refused("the expert 'headless' lacks it", experts=["pick", "headless"])
+    other = write_base(scene / "other", seed=1)
+    write_expert(scene / "stranger", other, 9)
+    refused("'stranger'.*was trained on base", experts=["pick", "stranger"])
+    with pytest.raises(UserError, match="exists and is not an earlier merge"):
+        run(scene, "other")
+    with pytest.raises(UserError, match="one of the recipe's inputs"):
+        run(scene, "pick")
+
+
+def test_an_expert_of_another_model_is_refused(scene, monkeypatch):
+    monkeypatch.setitem(SHAPES, "model.a", (12, 10))
+    write_expert(scene / "wide", scene / "base", 9)
+    with pytest.raises(UserError, match=r"of shape \(12, 10\), the base \(12, 9\)"):
+        run(scene, experts=["wide"])
+    monkeypatch.setitem(SHAPES, "model.aa", (12, 9))
+    write_expert(scene / "other_names", scene / "base", 9, ("model.aa",))
+    with pytest.raises(UserError, match=r"'model.aa.weight', which the base does not have\. Did you mean"):
+        run(scene, experts=["other_names"])
+
+
+def test_task_weights_need_the_right_base(scene):
+    out = run(scene, **{"lambda": 0.6})
+    write_base(scene / "other", seed=1)
+    with pytest.raises(UserError, match="is not the base"):
+        MergedCheckpoint.open(out, scene / "other")
+    with pytest.raises(UserError, match="not a merged checkpoint"):
+        MergedCheckpoint.open(scene / "base")

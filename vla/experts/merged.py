@@ -1,0 +1,76 @@
+"""The weights of one task in a merged checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vla.errors import UserError, nearest
+from vla.experts.lora_expert import BASE_WEIGHTS_FILE, base_hash, load_json
+from vla.experts.merge import DELTA_FILE, EXPERTS_FOLDER, MASK_FILE, MERGE_FILE, MERGE_VERSION, PRIVATE_FILE
+from vla.experts.task_masks import masked_weights, unpack
+from vla.experts.tensor_stream import TensorFile
+
+
+@dataclass(frozen=True)
+class MergedCheckpoint:
+    """A folder written by ``vla merge``. `base` is the base's folder, needed if there are masks."""
+
+    folder: Path
+    base: Path
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path, base: Path | None = None) -> MergedCheckpoint:
+        """Open a merge; `base` says where the base is, if not where it was.
+
+        Raises `UserError` if `folder` is no merge, or if it has masks and the base is absent or another.
+        """
+        folder = Path(folder)
+        if not (folder / MERGE_FILE).is_file():
+            raise UserError(f"{folder} is not a merged checkpoint: it holds no {MERGE_FILE}.")
+        manifest = load_json(folder / MERGE_FILE)
+        if manifest.get("version") != MERGE_VERSION:
+            raise UserError(
+                f"{folder / MERGE_FILE} has version {manifest.get('version')!r}, this release reads"
+                f" {MERGE_VERSION}."
+            )
+        base = Path(base or manifest["base"]["path"])
+        if (folder / DELTA_FILE).exists() and base_hash(base) != manifest["base"]["sha256"]:
+            raise UserError(f"{base} is not the base that {folder} was merged from; name the right one.")
+        return cls(folder, base, manifest)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the tasks."""
+        return tuple(expert["name"] for expert in self.manifest["experts"])
+
+    def task_weights(self, expert: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor in which the task differs from ``model.safetensors``, in that file's dtypes.
+
+        ``Θ_0 + γ_m S_m ⊙ α τ_merge`` where there are masks, and what the expert kept for itself. Raises
+        `UserError` for an unknown expert.
+        """
+        if expert not in self.experts:
+            raise UserError(
+                f"{self.folder} has no expert '{expert}'.{nearest(expert, self.experts)} It has:"
+                f" {', '.join(self.experts)}."
+            )
+        own = self.folder / EXPERTS_FOLDER / expert
+        if (own / MASK_FILE).exists():
+            yield from self._masked(expert, TensorFile(own / MASK_FILE))
+        if (own / PRIVATE_FILE).exists():
+            yield from TensorFile(own / PRIVATE_FILE).items()
+
+    def _masked(self, expert: str, masks: TensorFile) -> Iterator[tuple[str, Tensor]]:
+        base, deltas = TensorFile(self.base / BASE_WEIGHTS_FILE), TensorFile(self.folder / DELTA_FILE)
+        shapes, rescaled = json.loads(masks.metadata["shapes"]), set(self.manifest["rescale"]["tensors"])
+        for name in masks:
+            delta, mask = deltas[name], unpack(masks[name], shapes[name])
+            rescale = self.manifest["rescale"]["experts"][expert] if name in rescaled else 1.0
+            yield name, masked_weights(base[name], delta, mask, rescale).to(delta.dtype)
