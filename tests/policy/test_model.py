@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
+from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, Qwen3Config, Qwen3Model
 
 from vla.policy.backbones import build_decoder
 from vla.policy.decoder import RoutedDecoder
@@ -18,7 +18,14 @@ def routed(config, vision, floor=0.5):
     return RoutedDecoder(build_decoder(config, 50), budget).eval()
 
 
-@pytest.mark.parametrize("family", [("llama", LlamaConfig, LlamaModel), ("qwen2", Qwen2Config, Qwen2Model)])
+@pytest.mark.parametrize(
+    "family",
+    [
+        ("llama", LlamaConfig, LlamaModel),
+        ("qwen2", Qwen2Config, Qwen2Model),
+        ("qwen3", Qwen3Config, Qwen3Model),
+    ],
+)
 def test_dense_causal_decoder_is_the_plain_transformers_model(make_config, family):
     name, config_class, model_class = family
     config = make_config(decoder=name, decoder_kv_heads=1)
@@ -32,6 +39,7 @@ def test_dense_causal_decoder_is_the_plain_transformers_model(make_config, famil
             num_hidden_layers=3,
             num_attention_heads=2,
             num_key_value_heads=1,
+            head_dim=16,
             attn_implementation="eager",
         )
     ).eval()

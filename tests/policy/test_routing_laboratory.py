@@ -128,9 +128,10 @@ def test_the_token_that_the_slots_look_for_survives(make_config):
     assert last.shape[1] < 8 and all(p in row for p, row in zip(planted.tolist(), last.tolist(), strict=True))
 
 
-def test_attention_scores_are_the_rows_that_the_layer_itself_uses(make_config):
+@pytest.mark.parametrize("family", names.DECODERS)
+def test_attention_scores_are_the_rows_that_the_layer_itself_uses(make_config, family):
     torch.manual_seed(0)
-    config = make_config(decoder_kv_heads=1)
+    config = make_config(decoder=family, decoder_kv_heads=1)
     decoder = CogMergePolicy(config).eval().model.decoder
     layer, layout = decoder.backbone.layers[0], Layout(text=3, vision=8, state=1, action=2)
     valid = torch.ones(2, layout.length, dtype=torch.bool)

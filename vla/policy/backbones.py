@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import LlamaConfig, LlamaModel, PreTrainedModel, Qwen2Config, Qwen2Model
+from transformers import (
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3Model,
+)
 
-FAMILIES = {"llama": (LlamaConfig, LlamaModel), "qwen2": (Qwen2Config, Qwen2Model)}
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaModel),
+    "qwen2": (Qwen2Config, Qwen2Model),
+    "qwen3": (Qwen3Config, Qwen3Model),
+}
 
 
 def build_decoder(config, vocab_size: int) -> PreTrainedModel:
@@ -26,6 +38,7 @@ def build_decoder(config, vocab_size: int) -> PreTrainedModel:
         num_hidden_layers=config.decoder_layers,
         num_attention_heads=config.decoder_heads,
         num_key_value_heads=config.decoder_kv_heads,
+        head_dim=config.hidden_size // config.decoder_heads,  # Qwen3's own default is 128 at any width
         initializer_range=config.hidden_size**-0.5,
         use_cache=False,
     )

@@ -13,7 +13,7 @@ from vla.policy.presets import preset
 
 # Names only: LeRobot imports every configuration at start-up, modelling code when it is needed. A test
 # holds them equal to the registries.
-DECODERS = ("llama", "qwen2")
+DECODERS = ("llama", "qwen2", "qwen3")
 EXECUTIONS = ("coupled_mask", "coupled_two_call")
 ACTION_DECODERS = ("parallel_l1",)
 REDUCERS = ("efa", "none", "average_pool", "fourier", "farthest_point")
