@@ -57,9 +57,10 @@ def triton_refusal(tensor: Tensor) -> str | None:
     return None
 
 
-def choose(op: str, refusal: str | None, path: str | None = None) -> Choice:
+def choose(op: str, refusal: str | None, path: str | None = None, unsuited: str | None = None) -> Choice:
     """Choose the path of operation `op`, whose Triton path says `refusal` (None: it can run).
 
+    `unsuited` is why torch serves this call better although Triton could: it counts where nothing is forced.
     `path`, else the environment variable `COGMERGE_KERNELS`, forces one. Raises `UserError` for an unknown
     path and for a forced Triton path that cannot run: a benchmark must not measure the wrong kernel.
     """
@@ -68,6 +69,8 @@ def choose(op: str, refusal: str | None, path: str | None = None) -> Choice:
     if wish is None:
         if refusal is not None:
             return Choice("torch", refusal)
+        if unsuited is not None:
+            return Choice("torch", unsuited)
         if INTERPRETED:
             return Choice("torch", "Triton's interpreter is for tests and runs only when forced")
         if op not in QUALIFIED:
