@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 import tyro
 from lerobot.configs import FeatureType, PolicyFeature
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
 from vla.contract import ACTION_KEY, IMAGE_PREFIX, STATE_KEY, PolicyContract
 from vla.errors import UserError, nearest
@@ -27,8 +31,17 @@ class InspectConfig:
     """A checkpoint folder or the name of a preset."""
 
 
+BANDWIDTH, PEAK = 4.3e12, 790e12
+"""Bytes and bf16 operations per second that were measured on an H200, the card of the latency floor."""
+TEXT_TOKENS = 24
+"""Instruction length for which operations are counted, padding included."""
+
+
 def inspect(config: InspectConfig) -> None:
-    """Print what `config.target` is made of; raise `UserError` if it is neither checkpoint nor preset."""
+    """Print what `config.target` is made of; raise `UserError` if it is neither checkpoint nor preset.
+
+    A preset is laid out on torch's meta device: no weights are allocated, whatever its size.
+    """
     console = Console()
     if Path(config.target).exists():
         loaded = load_checkpoint(Path(config.target))
@@ -36,7 +49,9 @@ def inspect(config: InspectConfig) -> None:
         _print_contract(console, loaded.contract)
         _print_facts(console, loaded.manifest | {"sha256": checkpoint_hash(loaded.path)})
     elif config.target in PRESETS:
-        _print_policy(console, preset_policy(config.target))
+        with torch.device("meta"):
+            policy = preset_policy(config.target)
+        _print_policy(console, policy)
     else:
         raise UserError(
             f"'{config.target}' is neither a checkpoint folder nor a preset."
@@ -44,9 +59,9 @@ def inspect(config: InspectConfig) -> None:
         )
 
 
-def preset_policy(name: str) -> CogMergePolicy:
-    """Build a preset, untrained, for LIBERO's interface: two cameras, state 8, action 7."""
-    config = CogMergeConfig(preset=name)
+def preset_policy(name: str, **changes: Any) -> CogMergePolicy:
+    """Build a preset with `changes`, untrained, for LIBERO's interface: two cameras, state 8, action 7."""
+    config = CogMergeConfig(preset=name, device="cpu", **changes)
     image = PolicyFeature(FeatureType.VISUAL, (3, config.image_size, config.image_size))
     config.input_features = {IMAGE_PREFIX + camera: image for camera in ("image", "image2")}
     config.input_features[STATE_KEY] = PolicyFeature(FeatureType.STATE, (8,))
@@ -57,10 +72,19 @@ def preset_policy(name: str) -> CogMergePolicy:
 def _print_policy(console: Console, policy: CogMergePolicy) -> None:
     config, model = policy.config, policy.model
     total = sum(parameter.numel() for parameter in policy.parameters())
-    table = _table(console, f"{total:,} parameters", ("part", "parameters"))
+    operations = count_operations(policy)
+    table = _table(console, f"{total:,} parameters", ("part", "parameters", "MFLOP", "floor, us"))
     for name, size in _parts(model):
-        table.add_row(name, f"{size:,}")
+        flops = operations.get(name, 0)
+        table.add_row(name, f"{size:,}", f"{flops / 1e6:,.1f}", f"{1e6 * latency_floor(size, flops):,.1f}")
+    flops = operations["total"]
+    table.add_row("all", f"{total:,}", f"{flops / 1e6:,.1f}", f"{1e6 * latency_floor(total, flops):,.1f}")
     console.print(table)
+    console.print(
+        f"one observation, {TEXT_TOKENS} text tokens; floor: reading every weight once in bf16 or computing,"
+        " whichever is longer, on an H200",
+        style="dim",
+    )
 
     decoder = model.decoder
     title = f"Decoder: how many of {decoder.vision_tokens} vision tokens each layer computes on"
@@ -72,6 +96,30 @@ def _print_policy(console: Console, policy: CogMergePolicy) -> None:
         f"\nchunk of {config.chunk_size} actions, {config.n_action_steps} executed per query; "
         f"action decoder {config.action_decoder}; images {config.image_size}x{config.image_size}"
     )
+
+
+def count_operations(policy: CogMergePolicy) -> dict[str, int]:
+    """Return the floating-point operations of one query by direct part of the model, and their ``total``.
+
+    A multiplication and an addition count as two. Counted by torch on the meta device: nothing is computed.
+    """
+    config = policy.config
+    model = copy.deepcopy(policy.model).to("meta")
+    images = torch.empty(1, len(config.camera_keys), 3, config.image_size, config.image_size, device="meta")
+    state = torch.empty(1, config.state_dim, device="meta") if config.state_dim else None
+    tokens = torch.empty(1, TEXT_TOKENS, dtype=torch.long, device="meta")
+    valid = torch.empty(1, TEXT_TOKENS, dtype=torch.bool, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images, state, tokens, valid)
+    counts = {name: sum(by.values()) for name, by in counter.get_flop_counts().items()}
+    root = type(model).__name__
+    parts = {name: counts.get(f"{root}.{name}", 0) for name, _ in model.named_children()}
+    return parts | {"total": counter.get_total_flops()}
+
+
+def latency_floor(parameters: int, flops: int) -> float:
+    """Return the seconds below which no implementation can go at batch 1: memory or compute, in bf16."""
+    return max(2 * parameters / BANDWIDTH, flops / PEAK)
 
 
 def _parts(model) -> Iterable[tuple[str, int]]:

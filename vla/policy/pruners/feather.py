@@ -43,7 +43,7 @@ def uniform_sample(grid: tuple[int, int, int], most: int) -> Tensor:
     """
     cameras, rows, columns = grid
     for stride in range(2, max(rows, columns) + 2):
-        on_grid = (torch.arange(rows)[:, None] % stride == 0) & (torch.arange(columns) % stride == 0)
-        if cameras * int(on_grid.sum()) <= most:
+        if cameras * -(-rows // stride) * -(-columns // stride) <= most:
+            on_grid = (torch.arange(rows)[:, None] % stride == 0) & (torch.arange(columns) % stride == 0)
             return on_grid.flatten().repeat(cameras)
     return torch.zeros(cameras * rows * columns, dtype=torch.bool)

@@ -18,8 +18,8 @@ class RandomChoice(Pruner):
     def __init__(self, hidden_size: int, budget: Budget):
         super().__init__()
         self.counts = budget.counts
-        generator = torch.Generator().manual_seed(SEED)
-        scores = torch.rand(len(budget.counts), budget.tokens, generator=generator)
+        generator = torch.Generator("cpu").manual_seed(SEED)
+        scores = torch.rand(len(budget.counts), budget.tokens, generator=generator, device="cpu")
         self.register_buffer("scores", scores, persistent=False)
 
     def select(
