@@ -27,6 +27,7 @@ from vla.policy.pruners import PRUNERS
 from vla.policy.reducers import REDUCERS
 
 INSTRUCTION = "pick up the alphabet soup and place it in the basket"
+BIAS_BATCH = 64
 BASELINES = {"vision_reducer": "none", "token_pruner": "none", "attention_mask": "coupled"}
 """What each family is compared with."""
 FAMILIES = {
@@ -57,6 +58,36 @@ def run(
                 _row(f"{label}: FLOPs", costs, name, baseline, "MFLOP", 1e-6),
                 _row(f"{label}: latency", seconds, name, baseline, "ms", 1e3),
             ]
+        if family == "token_pruner":
+            rows += position_bias(models, observation(source.config, BIAS_BATCH))
+    return rows
+
+
+def position_bias(models: dict[str, Any], inputs: tuple[torch.Tensor, ...]) -> list[dict[str, Any]]:
+    """Return where in the image the tokens that the last layer keeps stand: the mean row, 0 at the top.
+
+    The images are noise, so that no row deserves more than another: the baseline is the middle row.
+    """
+    rows = []
+    for name, model in models.items():
+        trace: dict[str, Any] = {}
+        with torch.inference_mode():
+            model(*inputs, trace)
+        if "kept" not in trace:
+            continue
+        _, height, width = model.decoder.grid
+        kept = trace["kept"][max(trace["kept"])]
+        mean, middle = float((kept // width % height).double().mean()), (height - 1) / 2
+        rows.append(
+            {
+                "name": f"pruner {name}: mean kept row",
+                "value": mean,
+                "unit": "rows",
+                "baseline": "no bias",
+                "baseline_value": middle,
+                "ratio": mean / middle,
+            }
+        )
     return rows
 
 

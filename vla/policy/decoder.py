@@ -27,7 +27,7 @@ class RoutedDecoder(nn.Module):
         self.backbone = backbone
         self.mask = mask
         self.routers = PRUNERS[pruner](backbone.config.hidden_size, budget)
-        self.counts, self.vision_tokens = self.routers.counts, budget.tokens
+        self.counts, self.grid, self.vision_tokens = self.routers.counts, budget.grid, budget.tokens
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed token ids (B, T) to (B, T, d)."""
