@@ -27,6 +27,7 @@ LIMITS = st.tuples(st.floats(-4, 4), st.floats(0.1, 8), st.floats(0.05, 20), st.
 )
 
 STRANGE = [math.nan, math.inf, -math.inf, 1e308, -1e308, 1e-320]
+BRISK = st.tuples(st.floats(0.1, 4), st.floats(1, 20), st.floats(2, 200)).map(lambda t: (0.0, *t))
 NUMBERS = st.one_of(st.floats(-12, 12), st.sampled_from([*STRANGE, None, "fast", 10**400]))
 KEYS = st.sampled_from(["j0", "j1", "j2", "gripper", 0, None])
 SETPOINTS = st.one_of(
@@ -86,6 +87,19 @@ def check_bounds(info: DriverInfo, sent: list[tuple[float, np.ndarray]]) -> None
         velocity = new
 
 
+@settings(max_examples=40, deadline=None)
+@given(BRISK, st.floats(0, 1), st.booleans(), st.sampled_from([0.005, 0.01, 0.02]), st.floats(0, 0.1))
+def test_a_run_into_a_limit_is_braked_before_it(limits, begin, up, dt, margin):
+    info = arm(limits)
+    filter = SafetyFilter(info, margin=margin, following_error=10)
+    state = filter.start(0.0, info.lower + begin * (info.upper - info.lower))
+    sent = [(0.0, state.q)]
+    for k in range(1, 200):
+        state, _ = filter.step(state, k * dt, {"j0": 99.0 if up else -99.0}, state.q)
+        sent.append((state.time, state.q))
+    check_bounds(info, sent)
+
+
 @settings(max_examples=50, deadline=None)
 @given(LIMITS, st.lists(st.floats(0, 1), min_size=1, max_size=80))
 def test_what_the_filter_sends_passes_a_second_filter_unaltered(limits, wishes):
@@ -117,9 +131,6 @@ def test_a_jump_becomes_a_trapezoid_that_takes_the_minimum_time():
     assert path[20] == pytest.approx(-0.6 + 0.2, abs=0.03)  # 10 * 0.2² / 2
     assert np.diff(path).max() == pytest.approx(0.02)
     assert abs(path[70] - 0.6) > 0.01 and abs(path[90] - 0.6) < 0.01 and path[-1] == pytest.approx(0.6)
-
-
-BRISK = st.tuples(st.floats(0.1, 4), st.floats(1, 20), st.floats(2, 200)).map(lambda t: (0.0, *t))
 
 
 @settings(max_examples=40, deadline=None)

@@ -144,6 +144,19 @@ def test_a_late_acknowledgement_is_not_read_as_a_position(line):
     assert bus.read("pan", r.ACCELERATION) == 20
 
 
+def test_a_late_reply_that_has_arrived_is_not_read_as_another_register(line):
+    emulator, bus = line
+    bus.reply_timeout = 0.05
+    emulator.inject("delay", seconds=0.3, servo=1)
+    with pytest.raises(BusTimeout):
+        bus.read("pan", r.PRESENT_TEMPERATURE)  # 30
+    bus.reply_timeout = PATIENT
+    end = time.monotonic() + 30
+    while not bus._serial.in_waiting and time.monotonic() < end:
+        time.sleep(0.01)
+    assert bus.read("pan", r.PRESENT_VOLTAGE) == 74
+
+
 def test_a_dead_cable_is_named_at_once_and_disconnected_within_600_ms(line):
     """Best of five: the bound is the bus's own, a loaded machine may add to it."""
     emulator, bus = line
