@@ -224,6 +224,7 @@ class EmulatorProcess:
         return None
 
     def _describe(self, servo: EmulatedServo) -> dict[str, Any]:
+        servo.sense()
         world = {name: getattr(servo, name) for name in (*WORLD, "id", "powered", "velocity")}
         return world | {"registers": {name: servo.get(it) for name, it in r.BY_NAME.items()}}
 

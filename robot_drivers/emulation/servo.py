@@ -99,12 +99,12 @@ class EmulatedServo:
         self.put(r.TORQUE_LIMIT, self.get(r.MAX_TORQUE_LIMIT))
         self.put(r.LOCK, 1)
         self._pending, self._strained, self._overloaded = None, 0.0, False
-        self._sense()
+        self.sense()
         self.put(r.GOAL_POSITION, self.get(r.PRESENT_POSITION))
 
     def read(self, address: int, length: int) -> bytes:
         """Return `length` bytes from `address`; beyond the table there are zeros."""
-        self._sense()
+        self.sense()
         return bytes(self.table[address : address + length]).ljust(length, b"\0")
 
     def write(self, address: int, data: bytes) -> None:
@@ -118,7 +118,7 @@ class EmulatedServo:
         if r.TORQUE_ENABLE.address in range(address, address + len(data)):
             self._overloaded, self._strained = False, 0.0
             if not had_torque:
-                self._sense()
+                self.sense()
                 self.put(r.GOAL_POSITION, self.get(r.PRESENT_POSITION))
         self.id = self.get(r.ID)
 
@@ -189,7 +189,7 @@ class EmulatedServo:
             self._overloaded = True
         self.put(r.PRESENT_LOAD, min(round(10 * load), 1000))
 
-    def _sense(self) -> None:
+    def sense(self) -> None:
         """Bring the read-only registers up to date."""
         if not self.frozen:
             self._seen = self.encoder
