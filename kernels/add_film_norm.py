@@ -30,7 +30,7 @@ from torch import Tensor
 
 from vla.errors import UserError
 from vla.kernels.dispatch import Choice, choose, triton_refusal
-from vla.kernels.launch import TritonKernel, cdiv, empty, power_of_two
+from vla.kernels.launch import TritonKernel, cdiv, empty, power_of_two, warps
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -198,6 +198,7 @@ def _op(x, a, gamma, beta, weight, bias, centered, eps):
         FORWARD_KERNEL[(cdiv(batch * per_sample, rows),)](
             x, a, gamma, beta, weight, bias, h, y, stats, batch * per_sample, per_sample, width, eps,
             gamma is not None, weight is not None, bias is not None, centered, rows, block,
+            num_warps=warps(rows * block),
         )  # fmt: skip
     return h, y, stats
 
@@ -264,6 +265,7 @@ def _backward_triton(dh, dy, x, a, gamma, weight, h, stats, centered):
         BACKWARD_KERNEL[(batch, chunks)](
             dh, dy, x, a, gamma, weight, h, stats, ds, partial, per_sample, width,
             gamma is not None, weight is not None, centered, BACKWARD_ROWS, power_of_two(width),
+            num_warps=warps(power_of_two(width)),
         )  # fmt: skip
     per_batch = partial.sum(1)
     dweight, dbias = per_batch[:, 2:].sum(0)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vla.errors import UserError
 from vla.kernels.dispatch import Choice, choose, triton_refusal
-from vla.kernels.launch import TritonKernel, cdiv, power_of_two, unit_stride
+from vla.kernels.launch import TritonKernel, cdiv, power_of_two, unit_stride, warps
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -148,9 +148,13 @@ def _op(x, direction, offset, k, gate_scale, eps):
     block = power_of_two(width)
     rows = max(1, min(TILE // block, power_of_two(tokens)))
     SCORE_KERNEL[(batch, cdiv(tokens, rows))](
-        x, direction, offset, score, rstd, x.stride(0), x.stride(1), tokens, width, eps, rows, block
+        x, direction, offset, score, rstd, x.stride(0), x.stride(1), tokens, width, eps, rows, block,
+        num_warps=warps(rows * block),
+    )  # fmt: skip
+    block = power_of_two(tokens)
+    SELECT_KERNEL[(batch,)](
+        score, index, gate, tokens, k, gate_scale, block, RIVALS, num_warps=warps(block * RIVALS)
     )
-    SELECT_KERNEL[(batch,)](score, index, gate, tokens, k, gate_scale, power_of_two(tokens), RIVALS)
     return index, gate, rstd
 
 

@@ -50,6 +50,11 @@ def cdiv(n: int, block: int) -> int:
     return -(-n // block)
 
 
+def warps(elements: int) -> int:
+    """Warps for a program whose largest tile has `elements`: about 16 of them per thread."""
+    return max(4, min(16, power_of_two(elements // 512)))
+
+
 def empty(like: Tensor) -> Tensor:
     """A placeholder for a gradient that nobody asked for: custom ops return no None."""
     return like.new_empty(0)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vla.errors import UserError
 from vla.kernels.dispatch import Choice, choose, triton_refusal
-from vla.kernels.launch import TritonKernel, power_of_two
+from vla.kernels.launch import TritonKernel, power_of_two, warps
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -82,7 +82,7 @@ def _write(x: Tensor, index: Tensor, residual: Tensor, update: Tensor, gate: Ten
     batch, k, width = update.shape
     SCATTER_KERNEL[(batch, k)](
         x, index, residual, update, gate, x.stride(0), x.stride(1), k, width,
-        gate is not None, power_of_two(width),
+        gate is not None, power_of_two(width), num_warps=warps(power_of_two(width)),
     )  # fmt: skip
 
 

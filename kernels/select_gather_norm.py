@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vla.errors import UserError
 from vla.kernels.dispatch import Choice, choose, triton_refusal
-from vla.kernels.launch import TritonKernel, power_of_two, unit_stride
+from vla.kernels.launch import TritonKernel, power_of_two, unit_stride, warps
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -101,7 +101,7 @@ def _op(x, index, rstd, weight, gate):
     chosen, y = x.new_empty(batch, k, width), x.new_empty(batch, k, width)
     GATHER_KERNEL[(batch, k)](
         x, index, rstd, weight, gate, chosen, y, x.stride(0), x.stride(1), tokens, k, width,
-        gate is not None, power_of_two(width),
+        gate is not None, power_of_two(width), num_warps=warps(power_of_two(width)),
     )  # fmt: skip
     return chosen, y
 

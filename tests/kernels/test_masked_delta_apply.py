@@ -80,7 +80,7 @@ def test_switches_a_live_parameter_in_place():
 
 
 def test_mixed_dtypes_are_summed_wide_and_rounded_once():
-    """A delta just above half a bf16 step rounds up; rounded to bf16 first, it would be the half, and lost."""
+    """A delta just above half a bf16 step rounds up; rounded to bf16 first, it would be lost."""
     base, delta = torch.tensor([1.0]).bfloat16(), torch.tensor([2.0**-8 * (1 + 2.0**-9)])
     packed = torch.ones(1, dtype=torch.uint8)
     out = masked_delta_apply(torch.empty(1, dtype=torch.bfloat16), base, delta, packed)

@@ -1,0 +1,80 @@
+"""scripts/gpu_check where there is no GPU, the outcome of its tests, and the cases that it would time."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+
+import pytest
+import torch
+
+import vla.kernels
+from vla.kernels import microbenchmark
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu_check"
+FRAME = {"__init__", "dispatch", "launch", "microbenchmark"}
+OPS = {path.stem for path in Path(vla.kernels.__file__).parent.glob("*.py")} - FRAME
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The script as a module; the variable keeps it from replacing this process by its own interpreter."""
+    monkeypatch.setenv("COGMERGE_GPU_CHECK", "1")
+    loader = SourceFileLoader("gpu_check", str(SCRIPT))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu_check", loader))
+    loader.exec_module(module)
+    return module
+
+
+def test_without_a_gpu_it_says_so_in_one_sentence_and_exits_with_2(tmp_path):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, SCRIPT, "--out", tmp_path]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.strip().splitlines() == [
+        "No CUDA GPU found: nothing was run; try again on a machine with one."
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_counts_every_outcome_of_the_gpu_tests(script, tmp_path):
+    (tmp_path / "test_outcomes.py").write_text(
+        "import pytest\n"
+        "pytestmark = pytest.mark.gpu\n"
+        "def test_passes(): pass\n"
+        "def test_fails(): assert 0\n"
+        "def test_skips(): pytest.skip('why')\n"
+        "@pytest.fixture\ndef broken(): raise ValueError\n"
+        "def test_errors(broken): pass\n"
+    )
+    (tmp_path / "test_unmarked.py").write_text("def test_fails(): assert 0\n")
+    found = script.run_gpu_tests(str(tmp_path))
+    assert (found["exit_code"], found["passed"]) == (1, 1)
+    assert found["failed"] == ["test_outcomes::test_fails", "test_outcomes::test_errors"]
+    assert found["skipped"] == ["test_outcomes::test_skips"]
+
+
+def test_every_operation_is_timed_and_its_case_runs():
+    cases = list(microbenchmark.cases("cpu", torch.float32, shrink=64))
+    assert {case.name.split()[0].rstrip("_") for case in cases} == OPS
+    for case in cases:
+        results = case.run("torch")
+        assert results and all(x.isfinite().all() and x.numel() > 1 for x in results), case.name
+
+
+def test_what_no_time_is_left_for_is_named():
+    cases = list(microbenchmark.cases("cpu", torch.float32, shrink=64))
+    rows, left_out = microbenchmark.measure_all(cases, time.monotonic() - 1)
+    assert rows == [] and left_out == [case.name for case in cases]
+
+
+@pytest.mark.gpu
+def test_a_case_is_measured():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    row = microbenchmark.measure(next(microbenchmark.cases("cuda")))
+    assert row["relative_difference"] < 1e-2
+    assert min(row["torch_us"], row["compiled_us"], row["triton_us"]) > 0
