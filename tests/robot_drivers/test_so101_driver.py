@@ -177,15 +177,13 @@ def test_enabling_moves_nothing_and_writes_the_servos_own_limits_first(bench):
 
 def test_a_setpoint_is_reached_within_its_bounds(bench):
     bench.start()
-    path = [bench.heights()]
-    for _ in range(60):
-        bench.run(1, RAISED)
-        path.append(bench.heights())
+    # Measured over the bus: steering has a channel of its own, and may be ahead of the last goal.
+    path = [bench.run(1, RAISED).state.q for _ in range(60)]
     state = bench.run(20, RAISED).state
     assert np.allclose(state.q, 0.3, atol=2 * STEP) and state.enabled == (True,) * 6
     assert np.allclose(state.q_commanded, 0.3)
     speeds = np.abs(np.diff(path, axis=0)).max(axis=0) / DT
-    assert (speeds[:5] < 1.2 * 2.0 / STEP + 150).all()
+    assert (speeds < 1.2 * 2.0 + 0.2).all() and (speeds > 1.0).all()
     assert bench.emulator.servos()[1]["encoder"] == pytest.approx(2000 + 120 + 0.3 / STEP, abs=1.5)
 
 
