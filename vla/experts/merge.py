@@ -34,6 +34,7 @@ from vla.atomic import write_text
 from vla.errors import UserError
 from vla.experts.lora_expert import BASE_WEIGHTS_FILE, load_json
 from vla.experts.low_rank import LowRank
+from vla.experts.memory import return_freed_memory
 from vla.experts.merge_plan import AVERAGE, COPY, PRIVATE, Inputs, Step, make_plan, open_inputs
 from vla.experts.merging.method import MergeMethod, Survey, TensorContext
 from vla.experts.merging.weighted_average import weighted_average
@@ -82,6 +83,7 @@ def merge(recipe: Recipe, out: Path) -> dict[str, Any]:
     """
     out = Path(out)
     _require_free(out, recipe)
+    return_freed_memory()
     inputs = open_inputs(recipe)
     plan = make_plan(recipe, inputs)
     surveys = _survey(plan, inputs)
