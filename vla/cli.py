@@ -44,6 +44,9 @@ COMMANDS: dict[str, Command] = {
         "CompareConfig",
         "compare",
     ),
+    "merge": Command(
+        "merge LoRA experts into one checkpoint", "vla.experts.merge", "MergeConfig", "run_merge"
+    ),
     "demonstrate": Command(
         "measure the scripted demonstrators, task by task",
         "vla.sim.demonstrators.table",

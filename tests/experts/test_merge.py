@@ -9,6 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from vla import cli
 from vla.errors import UserError
 from vla.experts.lora_expert import LoraExpert, declare, make_config
 from vla.experts.low_rank import LowRank
@@ -295,3 +296,14 @@ def test_task_weights_need_the_right_base(scene):
         MergedCheckpoint.open(out, scene / "other")
     with pytest.raises(UserError, match="not a merged checkpoint"):
         MergedCheckpoint.open(scene / "base")
+
+
+def test_the_command(scene, capsys):
+    out = run(scene, **{"lambda": 0.6})
+    assert cli.run(["merge", str(scene / "out.yaml"), "--out", str(scene / "by_command")]) == 0
+    assert (scene / "by_command/merge.json").read_bytes() == (out / "merge.json").read_bytes()
+    said = capsys.readouterr().out
+    assert "3 merged" in said and all(f"{name} keeps" in said for name in NAMES) and "null model" in said
+    assert cli.run(["merge", str(scene / "out.yaml"), "--out", str(scene / "base")]) == 2
+    assert cli.run(["merge", str(scene / "nowhere.yaml"), "--out", str(scene / "x")]) == 2
+    assert "There is no recipe" in capsys.readouterr().err
