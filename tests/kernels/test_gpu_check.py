@@ -31,6 +31,7 @@ def script(monkeypatch):
 
 def test_without_a_gpu_it_says_so_in_one_sentence_and_exits_with_2(tmp_path):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["PYTHONSAFEPATH"] = "1"  # as scripts/test sets it: the script must find its own modules
     command = [sys.executable, SCRIPT, "--out", tmp_path]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 2
