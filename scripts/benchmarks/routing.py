@@ -20,11 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vla.evaluation.policy_source import SHIPPED_CHECKPOINT
 from vla.policy.checkpoint import load_checkpoint
+from vla.policy.configuration_cogmerge import MASKS, PRUNERS, REDUCERS
 from vla.policy.instruction import encode
-from vla.policy.masks import MASKS
 from vla.policy.modeling_cogmerge import CogMergePolicy
-from vla.policy.pruners import PRUNERS
-from vla.policy.reducers import REDUCERS
 
 INSTRUCTION = "pick up the alphabet soup and place it in the basket"
 BIAS_BATCH = 64
@@ -32,7 +30,7 @@ BASELINES = {"vision_reducer": "none", "token_pruner": "none", "attention_mask":
 """What each family is compared with."""
 FAMILIES = {
     "token_pruner": PRUNERS,
-    "vision_reducer": ("efa", *REDUCERS),
+    "vision_reducer": REDUCERS,
     "attention_mask": MASKS,
 }
 

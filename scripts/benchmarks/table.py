@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import import_module
@@ -21,6 +20,8 @@ from typing import Any
 import tyro
 from rich.console import Console
 from rich.table import Table
+
+from vla.atomic import write_text
 
 PACKAGES = ("lerobot_policy_cogmerge", "lerobot", "torch", "transformers", "mujoco", "robosuite", "numpy")
 
@@ -65,11 +66,7 @@ def describe_machine() -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-    os.replace(file.name, path)
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def _split_json_option(arguments: list[str]) -> tuple[list[str], Path | None]:

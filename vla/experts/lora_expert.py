@@ -20,12 +20,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vla.atomic import write_text
+from vla.atomic import whole_folder, write_text
 from vla.contract import CONTRACT_FILE, PolicyContract
 from vla.errors import UserError
 from vla.experts.low_rank import LowRank
 from vla.experts.tensor_stream import TensorFile, file_hash
-from vla.experts.whole_folder import whole_folder
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"

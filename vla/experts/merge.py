@@ -30,7 +30,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from vla.atomic import write_text
+from vla.atomic import whole_folder, write_text
 from vla.errors import UserError
 from vla.experts.lora_expert import BASE_WEIGHTS_FILE, load_json
 from vla.experts.low_rank import LowRank
@@ -41,7 +41,6 @@ from vla.experts.merging.weighted_average import weighted_average
 from vla.experts.recipe import Recipe, load_recipe
 from vla.experts.task_masks import MaskRatios, pack, task_mask, unaligned
 from vla.experts.tensor_stream import Slot, TensorWriter
-from vla.experts.whole_folder import whole_folder
 
 MERGE_FILE = "merge.json"
 MERGE_VERSION = 1

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +22,7 @@ from lerobot.policies import make_pre_post_processors
 from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline, UnnormalizerProcessorStep
 from safetensors import SafetensorError
 
+from vla.atomic import whole_folder
 from vla.contract import ACTION_KEY, CONTRACT_FILE, IMAGE_PREFIX, STATE_KEY, ContractError, PolicyContract
 from vla.errors import UserError, nearest
 from vla.policy.configuration_cogmerge import CogMergeConfig
@@ -116,25 +114,12 @@ def save_checkpoint(
     The folder appears complete or not at all: it is written beside its final place and renamed.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        staging.chmod(0o755)
+    with whole_folder(folder) as staging:
         policy.save_pretrained(staging)
         preprocessor.save_pretrained(staging)
         postprocessor.save_pretrained(staging)
         contract.save(staging)
         save_manifest(staging, manifest)
-        if folder.exists():
-            outgoing = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-            os.replace(folder, outgoing)
-            os.replace(staging, folder)
-            shutil.rmtree(outgoing)
-        else:
-            os.replace(staging, folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return folder
 
 

@@ -62,7 +62,7 @@ def wudi(updates: Sequence[LowRank], steps: int, learning_rate: float) -> Tensor
     """Start at ``Σ_m τ_m`` and take `steps` of Adam on the interference ``L``, in float32.
 
     Adam (Kingma and Ba 2015, algorithm 1) is written out: making torch's optimizer loads torch's compiler,
-    116 MB, a quarter of what a streamed merge may take.
+    116 MB (torch 2.11), which a streamed merge cannot spare.
     """
     total = stack(updates).dense()
     present = [update for update in updates if update.b.any() and update.a.any()]
