@@ -273,7 +273,8 @@ def _publish(
         dataset,
         name=f"cogmerge/{config.out.name}",
     )
-    draw_contact_sheet({suite.tasks[task].language: folders[0] for task, folders in kept.items()}, dataset)
+    first = [folders[0] for folders in kept.values()]
+    draw_contact_sheet([(_read_json(folder / ATTEMPT_FILE)["language"], folder) for folder in first], dataset)
     if config.out.exists():
         os.replace(config.out, partial / "replaced")
     os.replace(dataset, config.out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -14,18 +14,18 @@ CONTACT_SHEET = "contact_sheet.png"
 COLUMNS = 5
 
 
-def draw_contact_sheet(folders: Mapping[str, Path], root: Path) -> Path:
+def draw_contact_sheet(demonstrations: Sequence[tuple[str, Path]], root: Path) -> Path:
     """Draw the first frame of one demonstration per task into ``root/contact_sheet.png``.
 
-    `folders` maps the instruction to the folder that holds one video per camera.
+    `demonstrations` are pairs of an instruction and a folder that holds one video per camera.
     """
-    rows = -(-len(folders) // COLUMNS)
-    columns = min(COLUMNS, len(folders))
+    rows = -(-len(demonstrations) // COLUMNS)
+    columns = min(COLUMNS, len(demonstrations))
     figure = Figure(figsize=(3.2 * columns, 2.2 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
-    for axis, (instruction, folder) in zip(axes, folders.items(), strict=False):
+    for axis, (instruction, folder) in zip(axes, demonstrations, strict=False):
         videos = sorted(folder.glob("*.mp4"))
         axis.imshow(np.concatenate([_first_frame(video) for video in videos], axis=1))
         axis.set_title("\n".join(textwrap.wrap(instruction, 40)), fontsize=8)

