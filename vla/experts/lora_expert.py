@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -52,12 +52,14 @@ class ExpertCard:
 
     `head_seed` is the seed from which parameters without a pretrained origin were initialised, or None if
     there are none: averaging such parameters is only meaningful between experts that share it.
+    `instructions` are the tasks that it was trained on, word for word; routers and evaluations read them.
     """
 
     name: str
     base: str
     head_seed: int | None = None
     version: int = CARD_VERSION
+    instructions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class LoraExpert:
             save_file(content, staging / TENSORS_FILE, metadata={"format": "pt"})
             write_text(staging / CONFIG_FILE, json.dumps(dict(self.config), indent=2, sort_keys=True) + "\n")
             if self.card:
-                _save_card(staging, self.card)
+                save_card(staging, self.card)
             if self.contract:
                 self.contract.save(staging)
         return Path(folder)
@@ -159,7 +161,7 @@ class LoraExpert:
         return cls(
             config=load_json(folder / CONFIG_FILE),
             tensors=_WithoutPrefix(TensorFile(folder / TENSORS_FILE)),
-            card=_load_card(folder / CARD_FILE) if (folder / CARD_FILE).exists() else None,
+            card=load_card(folder),
             contract=PolicyContract.load(folder) if (folder / CONTRACT_FILE).exists() else None,
             source=str(folder),
         )
@@ -214,12 +216,14 @@ def base_hash(folder: Path) -> str:
     return file_hash(path)
 
 
-def declare(folder: Path, name: str, base: Path, head_seed: int | None = None) -> ExpertCard:
+def declare(
+    folder: Path, name: str, base: Path, head_seed: int | None = None, instructions: Sequence[str] = ()
+) -> ExpertCard:
     """Write the card of an adapter trained elsewhere: it fits the base checkpoint in the folder `base`."""
     if not (Path(folder) / CONFIG_FILE).is_file():
         raise UserError(f"{folder} is not an expert: it holds no {CONFIG_FILE}.")
-    card = ExpertCard(name, base_hash(base), head_seed)
-    _save_card(Path(folder), card)
+    card = ExpertCard(name, base_hash(base), head_seed, instructions=tuple(instructions))
+    save_card(Path(folder), card)
     return card
 
 
@@ -292,21 +296,29 @@ def _lookup(pattern: Mapping[str, float] | None, module: str, default: float, so
     return default
 
 
-def _save_card(folder: Path, card: ExpertCard) -> None:
-    write_text(folder / CARD_FILE, json.dumps(asdict(card), indent=2) + "\n")
+def save_card(folder: Path, card: ExpertCard) -> Path:
+    """Write ``expert.json`` into `folder` atomically and return its path."""
+    return write_text(Path(folder) / CARD_FILE, json.dumps(asdict(card), indent=2) + "\n")
 
 
-def _load_card(path: Path) -> ExpertCard:
+def load_card(folder: Path) -> ExpertCard | None:
+    """Read ``expert.json`` from `folder`, None if there is none; raises `UserError` if it is malformed."""
+    path = Path(folder) / CARD_FILE
+    if not path.exists():
+        return None
     content = load_json(path)
     if content.get("version") != CARD_VERSION:
         raise UserError(f"{path} has version {content.get('version')!r}, this release reads {CARD_VERSION}.")
-    kinds = {"name": str, "base": str, "head_seed": int | None, "version": int}
+    content.setdefault("instructions", [])  # cards were first written without
+    kinds = {"name": str, "base": str, "head_seed": int | None, "version": int, "instructions": list}
     wrong = sorted(key for key in kinds.keys() | content.keys() if not _fits(content, key, kinds))
+    if not wrong and not all(isinstance(text, str) for text in content["instructions"]):
+        wrong = ["instructions"]
     if wrong:
         raise UserError(
             f"{path} has missing, unknown or malformed entries: {', '.join(wrong)}; declare it again."
         )
-    return ExpertCard(**content)
+    return ExpertCard(**content | {"instructions": tuple(content["instructions"])})
 
 
 def _fits(content: Mapping[str, Any], key: str, kinds: Mapping[str, Any]) -> bool:
