@@ -1,6 +1,8 @@
 """Arms: the driver interface, the safety layer that every arm shares, and the drivers."""
 
+from .arm import Arm, ArmConfig, ArmEnded, LoopTiming
 from .driver import DriverInfo, Joint, RobotDriver, State
+from .ending import Ending, leave
 from .faults import (
     BusCorrupt,
     BusTimeout,
@@ -10,27 +12,37 @@ from .faults import (
     NotCalibrated,
     ServoFault,
 )
+from .recorder import Record, Recorder, read_record
 from .safety_filter import Filtered, FilterState, SafetyFilter
 from .supervisor import Cycle, Mode, ModeError, Supervisor, SupervisorConfig
 
 __all__ = [
+    "Arm",
+    "ArmConfig",
+    "ArmEnded",
     "BusCorrupt",
     "BusTimeout",
     "Cycle",
     "Disconnected",
     "DriverFault",
     "DriverInfo",
+    "Ending",
     "FilterState",
     "Filtered",
     "Joint",
     "LimitViolation",
+    "LoopTiming",
     "Mode",
     "ModeError",
     "NotCalibrated",
+    "Record",
+    "Recorder",
     "RobotDriver",
     "SafetyFilter",
     "ServoFault",
     "State",
     "Supervisor",
     "SupervisorConfig",
+    "leave",
+    "read_record",
 ]

@@ -62,6 +62,7 @@ class DriverInfo:
     `control_rate` is in Hz. `power_off` says what the arm does without torque, and so what a fault may do
     to it. `safety` names what the arm does by itself (``hw_watchdog, hw_limits, collision_stop, brakes``),
     `telemetry` what it senses beside position (``velocity, effort, temperature, voltage, faults``).
+    `rest` (J,) is the pose in which it can be released without harm, None if the arm has none of its own.
     """
 
     name: str
@@ -71,6 +72,7 @@ class DriverInfo:
     modes: frozenset[str] = frozenset({JOINT_POSITION})
     safety: frozenset[str] = frozenset()
     telemetry: frozenset[str] = frozenset()
+    rest: tuple[float, ...] | None = None
 
     def __post_init__(self):
         names = [joint.name for joint in self.joints]
@@ -115,7 +117,8 @@ class State:
 
     `time` is the monotonic clock (s) at which the sample was requested, `sequence` counts samples.
     `q` is measured, `q_commanded` is the last position sent (None before the first).
-    `dq` and `tau` are None if the arm does not sense them. `faults` are the joints' own complaints.
+    `dq`, `tau`, `temperature` (°C) and `voltage` (V) are None if the arm does not sense them. `faults` are
+    the joints' own complaints.
     """
 
     time: float
@@ -126,6 +129,8 @@ class State:
     tau: np.ndarray | None = None
     q_commanded: np.ndarray | None = None
     faults: tuple[DriverFault, ...] = ()
+    temperature: np.ndarray | None = None
+    voltage: np.ndarray | None = None
 
     def age(self, now: float) -> float:
         """Seconds since the sample was requested, by the monotonic clock `now`."""

@@ -40,7 +40,7 @@ class ServoFault(DriverFault):
 
     def __init__(self, joint: str, conditions: Sequence[str], advice: str = ""):
         super().__init__(f"Joint '{joint}' reports {' and '.join(conditions)}. {advice}".rstrip())
-        self.joint = joint
+        self.joint, self.advice = joint, advice
         self.conditions = tuple(conditions)
 
 

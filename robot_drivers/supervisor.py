@@ -133,10 +133,12 @@ class Supervisor:
             )
         self.mode = Mode.OFF
         self.fault: DriverFault | None = None
+        self.touched = False  # torque was switched on from here, or taken over
+        self.holding = False  # touched, and not released since
         self._posted: tuple[float, Mapping[str, float]] | None = None
         self._active: float | None = None  # when a setpoint was last followed
         self._missed = 0  # samples in a row
-        self._ramp: Ramp | None = None
+        self.ramp: Ramp | None = None
         self._state: State | None = None
 
     def open(self) -> None:
@@ -161,6 +163,7 @@ class Supervisor:
         if state.faults:
             raise state.faults[0]
         filtered = self.filter.start(now, state.q)  # refuses before any torque is on
+        self.touched = self.holding = True
         try:
             self.driver.enable()
             self._state = self.driver.read()
@@ -170,6 +173,7 @@ class Supervisor:
         except DriverFault:
             if not any(state.enabled):
                 self.driver.disable()
+                self.holding = False
             raise
         self._filtered, self._posted, self._active, self._missed = filtered, None, None, 0
         self.mode = Mode.HOLD
@@ -190,16 +194,28 @@ class Supervisor:
         self._require("rest", *ENERGISED)
         start = self._filtered.q
         slowest = np.abs(self.rest_pose - start) / (self.config.rest_speed * self.driver.info.velocity)
-        self._ramp = Ramp(start, self.rest_pose, now, float(slowest.max()))
+        self.ramp = Ramp(start, self.rest_pose, now, float(slowest.max()))
         self.mode = Mode.REST
 
     @property
     def at_rest(self) -> bool:
         """Whether every joint was last measured at the rest pose."""
-        if self._state is None:
-            return False
+        return self._state is not None and self.is_rest(self._state.q)
+
+    def is_rest(self, q: np.ndarray) -> bool:
+        """Return whether the position `q` (J,) counts as the rest pose."""
         span = self.driver.info.upper - self.driver.info.lower
-        return bool((np.abs(self._state.q - self.rest_pose) <= self.config.rest_tolerance * span).all())
+        return bool((np.abs(q - self.rest_pose) <= self.config.rest_tolerance * span).all())
+
+    @property
+    def moving(self) -> bool:
+        """Whether what was sent last still moves some joint."""
+        return bool(self._filtered.v.any())
+
+    @property
+    def state(self) -> State | None:
+        """The newest sample; None before the first."""
+        return self._state
 
     def release(self) -> list[DriverFault]:
         """Switch torque off; return what could not be released. An arm that falls must be at rest."""
@@ -214,6 +230,7 @@ class Supervisor:
         """Switch torque off now, wherever the arm is. Return what could not be released."""
         self._require("emergency_stop", *set(Mode) - {Mode.OFF})
         failed = self.driver.disable()
+        self.holding = False
         if self.mode in ENERGISED:  # a latched fault stays latched
             self.mode = Mode.OPEN
         return failed
@@ -289,7 +306,7 @@ class Supervisor:
         if self.mode is not Mode.REST and silent > self.config.stale_rest:
             self.rest(now)
         if self.mode is Mode.REST:
-            return dict(zip(self.driver.info.joint_names, self._ramp.at(now).tolist(), strict=True))
+            return dict(zip(self.driver.info.joint_names, self.ramp.at(now).tolist(), strict=True))
         posted = self._posted
         if posted is None or not abs(now - posted[0]) <= self.config.stale_hold:
             self._posted = None  # also one from the future, which would keep out every later one

@@ -67,20 +67,30 @@ Calibration = dict[str, JointCalibration]
 def load_calibration(path: Path) -> Calibration:
     """Read a calibration file. Raises `NotCalibrated` if it is absent, malformed, or of another arm."""
     path = Path(path)
-    known = [field.name for field in fields(JointCalibration)]
     try:
         content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise NotCalibrated(f"There is no calibration at {path}: calibrate the arm first.") from None
+    except (OSError, ValueError) as error:
+        raise NotCalibrated(
+            f"{path} is not a calibration file ({error!r}): calibrate the arm again."
+        ) from None
+    return parse_calibration(content, str(path))
+
+
+def parse_calibration(content: Mapping[str, Mapping[str, int]], source: str) -> Calibration:
+    """Return the calibration that a file's content describes. Raises `NotCalibrated`, naming `source`."""
+    known = [field.name for field in fields(JointCalibration)]
+    try:
         calibration = {
             name: JointCalibration(**{key: int(entry[key]) for key in known})
             for name, entry in content.items()
         }
-    except FileNotFoundError:
-        raise NotCalibrated(f"There is no calibration at {path}: calibrate the arm first.") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise NotCalibrated(
-            f"{path} is not a calibration file ({error!r}): calibrate the arm again."
+            f"{source} is not a calibration file ({error!r}): calibrate the arm again."
         ) from None
-    check_calibration(calibration, str(path))
+    check_calibration(calibration, source)
     return calibration
 
 

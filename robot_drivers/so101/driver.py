@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -16,12 +17,24 @@ from ..driver import DriverInfo, Joint, State
 from ..faults import BusCorrupt, BusTimeout, DriverFault, LimitViolation, NotCalibrated, ServoFault
 from . import registers as r
 from .bus import FeetechBus, ServoStatus
-from .calibration import GRIPPER, JOINTS, RADIANS_PER_STEP, JointCalibration, check_calibration
+from .calibration import (
+    GRIPPER,
+    JOINTS,
+    RADIANS_PER_STEP,
+    JointCalibration,
+    check_calibration,
+    load_calibration,
+    parse_calibration,
+)
 
 VELOCITY, ACCELERATION = 2.0, 12.0  # rad/s and rad/s² of the body joints, 1/s and 1/s² of the gripper
 STALL_TORQUE = 2.94  # N·m at 12 V
 HEADROOM = 1.2
 """The servos' own limits over the filter's, so that they never hinder a motion that the filter allows."""
+
+REST = (0.5, 0.03, 0.97, 0.8, 0.5, 0.05)
+"""The rest pose as fractions of the calibrated ranges: upper arm laid back, forearm folded onto it, hand
+down, gripper nearly closed. There the arm lies on its own stops, and stays without torque."""
 
 TORQUE_LIMIT, GRIPPER_TORQUE_LIMIT = 1000, 500  # 0.1 %
 TORQUE_RAMP = (0.15, 0.4, 0.7, 1.0)
@@ -129,6 +142,8 @@ class So101Driver:
             tau=np.array([it.load / 1000 * STALL_TORQUE for it in status.values()]),
             q_commanded=self._commanded,
             faults=tuple(servo_fault(name, it) for name, it in status.items() if it.conditions),
+            temperature=np.array([float(it.temperature) for it in status.values()]),
+            voltage=np.array([it.voltage for it in status.values()]),
         )
 
     def write(self, q: np.ndarray, dq: np.ndarray | None = None) -> None:
@@ -227,6 +242,20 @@ class So101Driver:
         return min(max(steps, calibration.range_min), calibration.range_max)
 
 
+def make_so101(
+    port: str, calibration: str | Path | Mapping[str, Mapping[str, int]], **options
+) -> So101Driver:
+    """Return the driver of the arm at `port`. `calibration` is LeRobot's ``<id>.json``, or its content.
+
+    Raises `NotCalibrated` if that is not the calibration of an SO101.
+    """
+    if isinstance(calibration, Mapping):
+        read = parse_calibration(calibration, "The calibration")
+    else:
+        read = load_calibration(Path(calibration))
+    return So101Driver(port, read, **options)
+
+
 def so101_info(calibration: Mapping[str, JointCalibration]) -> DriverInfo:
     """Describe an SO101 with this calibration: its limits are the calibrated ranges."""
     joints = []
@@ -244,6 +273,10 @@ def so101_info(calibration: Mapping[str, JointCalibration]) -> DriverInfo:
         power_off="falls",
         safety=frozenset({"hw_limits"}),
         telemetry=frozenset({"velocity", "effort", "temperature", "voltage", "faults"}),
+        rest=tuple(
+            joint.lower + share * (joint.upper - joint.lower)
+            for joint, share in zip(joints, REST, strict=True)
+        ),
     )
 
 
