@@ -8,7 +8,6 @@ statistic, another camera, another state size, a missing or unknown tensor.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors import SafetensorError
 from vla.atomic import whole_folder
 from vla.contract import ACTION_KEY, CONTRACT_FILE, IMAGE_PREFIX, STATE_KEY, ContractError, PolicyContract
 from vla.errors import UserError, nearest
+from vla.json_file import load_json
 from vla.policy.configuration_cogmerge import CogMergeConfig
 from vla.policy.manifest import MANIFEST_FILE, save_manifest
 from vla.policy.modeling_cogmerge import CogMergePolicy
@@ -108,14 +108,16 @@ def save_checkpoint(
     postprocessor: PolicyProcessorPipeline,
     contract: PolicyContract,
     manifest: dict[str, Any],
+    state: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint folder and return its path; an older one of that name is replaced.
 
-    The folder appears complete or not at all: it is written beside its final place and renamed.
+    `state` are the weights to write if not the policy's present ones. The folder appears complete or not at
+    all: it is written beside its final place and renamed.
     """
     folder = Path(folder)
     with whole_folder(folder) as staging:
-        policy.save_pretrained(staging)
+        policy.save_pretrained(staging, state_dict=state)
         preprocessor.save_pretrained(staging)
         postprocessor.save_pretrained(staging)
         contract.save(staging)
@@ -137,7 +139,7 @@ def load_checkpoint(path: Path, device: str = "cpu") -> LoadedPolicy:
     policy.contract = contract
     preprocessor, postprocessor = _load_processors(folder, config, device)
     _require_same_statistics(preprocessor, postprocessor, config, contract, folder)
-    manifest = _load_json(folder / MANIFEST_FILE)
+    manifest = load_json(folder / MANIFEST_FILE)
     return LoadedPolicy(policy, preprocessor, postprocessor, contract, manifest, folder)
 
 
@@ -169,7 +171,7 @@ def checkpoint_hash(path: Path) -> str:
 
 def _load_config(folder: Path, device: str) -> CogMergeConfig:
     absent = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
-    kind = _load_json(folder / CONFIG_FILE).get("type")
+    kind = load_json(folder / CONFIG_FILE).get("type")
     if kind != "cogmerge":
         raise UserError(f"{folder} holds a policy of type {kind!r}, not a CogMerge checkpoint.")
     if absent:
@@ -180,16 +182,6 @@ def _load_config(folder: Path, device: str) -> CogMergeConfig:
         raise UserError(
             f"{folder / CONFIG_FILE} was not written by this release ({' '.join(str(error).split())})."
         ) from None
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy the checkpoint again.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object; copy the checkpoint again.")
-    return content
 
 
 def _load_processors(folder: Path, config: CogMergeConfig, device: str):
