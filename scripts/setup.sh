@@ -69,6 +69,11 @@ install_package() {
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check uv
     "$VENV/bin/python" -m uv pip install --quiet --python "$VENV/bin/python" -e ".[$EXTRAS]" \
         || "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$EXTRAS]"
+    # openpi's client asks for numpy < 2, which nothing else here can live with, but runs with numpy 2.
+    if [[ "$EXTRAS" == *dev* ]]; then
+        "$VENV/bin/python" -m uv pip install --quiet --python "$VENV/bin/python" --no-deps openpi-client==0.1.2 \
+            || "$VENV/bin/python" -m pip install --quiet --no-deps openpi-client==0.1.2
+    fi
     printf '%s' "$wanted" >"$stamp"
     say "Installed in $((SECONDS - started)) s"
 }

@@ -47,6 +47,22 @@ COMMANDS: dict[str, Command] = {
     "merge": Command(
         "merge LoRA experts into one checkpoint", "vla.experts.merge", "MergeConfig", "run_merge"
     ),
+    "serve": Command(
+        "answer observations with actions over a websocket",
+        "vla.serving.serve",
+        "ServeConfig",
+        "serve_checkpoint",
+    ),
+    "bank create": Command(
+        "put LoRA experts side by side on one base",
+        "vla.experts.bank_folder",
+        "BankCreateConfig",
+        "bank_create",
+    ),
+    "bank add": Command("add an expert to a bank", "vla.experts.bank_folder", "BankAddConfig", "bank_add"),
+    "bank remove": Command(
+        "remove an expert from a bank", "vla.experts.bank_folder", "BankRemoveConfig", "bank_remove"
+    ),
     "demonstrate": Command(
         "measure the scripted demonstrators, task by task",
         "vla.sim.demonstrators.table",

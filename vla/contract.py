@@ -128,9 +128,16 @@ class PolicyContract:
 
     def save(self, folder: Path) -> Path:
         """Write ``contract.json`` into `folder` atomically and return its path."""
-        path = Path(folder) / CONTRACT_FILE
-        content = asdict(self) | {"statistics_hash": self.statistics_hash}
-        return write_text(path, json.dumps(content, indent=2) + "\n")
+        return write_text(Path(folder) / CONTRACT_FILE, json.dumps(self.as_dict(), indent=2) + "\n")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what ``contract.json`` holds and a policy server sends."""
+        return asdict(self) | {"statistics_hash": self.statistics_hash}
+
+    @classmethod
+    def from_dict(cls, content: Any, source: str) -> PolicyContract:
+        """Read what `as_dict` gave; raise `ContractError` (naming `source`) if it is foreign or altered."""
+        return _parse_contract(content, source)
 
     @classmethod
     def load(cls, folder: Path) -> PolicyContract:
@@ -145,7 +152,7 @@ class PolicyContract:
             ) from None
         except ValueError as error:
             raise ContractError(f"{path} is not valid JSON ({error}); copy the checkpoint again.") from None
-        return _parse_contract(content, path)
+        return cls.from_dict(content, str(path))
 
     def require(self, offer: Interface, *, source: str) -> None:
         """Raise `ContractError` naming every way in which `offer` differs from this contract.
@@ -222,19 +229,19 @@ def _vector_mismatches(what: str, need: Vector | None, offer: Vector | None) -> 
     return []
 
 
-def _parse_contract(content: Any, path: Path) -> PolicyContract:
+def _parse_contract(content: Any, source: str) -> PolicyContract:
     if not isinstance(content, Mapping):
-        raise ContractError(f"{path} does not hold a JSON object; copy the checkpoint again.")
+        raise ContractError(f"{source} does not hold a JSON object; copy the checkpoint again.")
     if content.get("version") != CONTRACT_VERSION:
         raise ContractError(
-            f"{path} has contract version {content.get('version')!r}, this release reads {CONTRACT_VERSION}."
+            f"{source} has contract version {content.get('version')!r}, this release reads {CONTRACT_VERSION}."
         )
     recorded = content.get("statistics_hash")
     known = {field.name for field in fields(PolicyContract)} | {"statistics_hash"}
     unknown, absent = sorted(content.keys() - known), sorted(known - content.keys())
     if unknown or absent:
         raise ContractError(
-            f"{path} has unknown keys {unknown} and lacks {absent}; it was not written by this release."
+            f"{source} has unknown keys {unknown} and lacks {absent}; it was not written by this release."
         )
     try:
         contract = PolicyContract(
@@ -242,10 +249,10 @@ def _parse_contract(content: Any, path: Path) -> PolicyContract:
             **{key: content[key] for key in known - {"interface", "statistics_hash"}},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ContractError(f"{path} is malformed ({error!r}); copy the checkpoint again.") from None
+        raise ContractError(f"{source} is malformed ({error!r}); copy the checkpoint again.") from None
     if contract.statistics_hash != recorded:
         raise ContractError(
-            f"The normalisation statistics in {path} do not match their recorded hash: the file was edited or"
+            f"The normalisation statistics in {source} do not match their recorded hash: the file was edited or"
             " mixed up."
         )
     return contract

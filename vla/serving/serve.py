@@ -1,0 +1,174 @@
+"""`vla serve`: a checkpoint answers over a websocket until it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from vla.errors import UserError
+from vla.evaluation.policy_source import SHIPPED_CHECKPOINT, CheckpointSource
+from vla.serving.server import Limits, PolicyServer, Served
+from vla.serving.wire import MIB
+
+if TYPE_CHECKING:
+    from vla.policy.checkpoint import LoadedPolicy
+
+TOKEN_VARIABLE = "VLA_TOKEN"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Where a policy listens and what a client may take."""
+
+    checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")] = SHIPPED_CHECKPOINT
+    """Checkpoint folder; the small one that ships with the package if not given."""
+    port: int = 8000
+    """Port to listen on; 0 takes any free one and prints it."""
+    host: str = "127.0.0.1"
+    """Address to listen on: this machine alone. 0.0.0.0 is every network it is in; give a token then."""
+    token: str | None = None
+    """What clients must send as their API key. Better kept in the environment variable VLA_TOKEN."""
+    device: str | None = None
+    """``cpu`` or ``cuda``; the accelerator if there is one."""
+    task: str | None = None
+    """Instruction for clients that send none."""
+    rename: tuple[str, ...] = ()
+    """Observation keys of existing clients, as CLIENT=OURS, for example observation/wrist_image=image2."""
+    max_message_mib: float = 32.0
+    """Largest message of a client, MiB."""
+    max_clients: int = 8
+    """Connections at a time."""
+    idle_timeout: float = 600.0
+    """Seconds after which a client that asks nothing is sent away."""
+
+
+def serve_checkpoint(config: ServeConfig) -> None:
+    """Serve until Ctrl-C or SIGTERM, both of which end it cleanly.
+
+    Raises `UserError` for a checkpoint that cannot be loaded or a port that cannot be had.
+    """
+    limits = Limits(
+        message=int(config.max_message_mib * MIB), clients=config.max_clients, idle=config.idle_timeout
+    )
+    console = Console(stderr=True, highlight=False)
+    source = CheckpointSource.open(config.checkpoint)
+    served = serve_source(source, config)
+    token = config.token or os.environ.get(TOKEN_VARIABLE)
+    server = PolicyServer(served, token=token, limits=limits, report=console.print)
+    if token is None and config.host not in LOOPBACK:
+        console.print(f"[yellow]Anyone who reaches {config.host} can use this policy: set {TOKEN_VARIABLE}.")
+
+    def ready(port: int) -> None:
+        console.print(f"Serving {source.label} at ws://{config.host}:{port}. Ctrl-C ends it.")
+
+    asyncio.run(_until_signalled(server, config.host, config.port, ready))
+    console.print("The policy server has ended.")
+
+
+def serve_source(source: CheckpointSource, config: ServeConfig) -> Served:
+    """Load the checkpoint and say who it is."""
+    from vla.policy.checkpoint import load_checkpoint
+
+    loaded = load_checkpoint(source.path, choose_device(config.device))
+    return Served(
+        make_policy=lambda: ClientPolicy(loaded),
+        contract=loaded.contract,
+        identity={"checkpoint": {"label": source.label, "sha256": source.hash}},
+        task=config.task,
+        rename=parse_rename(config.rename),
+    )
+
+
+class ClientPolicy:
+    """A checkpoint as one client sees it: shared weights, random numbers of its own.
+
+    A policy that samples gives a client the same actions whether or not others ask in between.
+    """
+
+    def __init__(self, loaded: LoadedPolicy):
+        self._loaded = loaded
+        self._random: tuple = ()
+
+    def reset(self, seed: int) -> None:
+        """Begin this client's random numbers at `seed`."""
+        import torch
+
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self._random = _random_state()
+
+    def act(self, images: Mapping[str, np.ndarray], state: np.ndarray, instruction: str) -> np.ndarray:
+        """Ask the network once, (K, D) float32."""
+        import torch
+
+        with torch.random.fork_rng():
+            cpu, accelerators = self._random
+            torch.set_rng_state(cpu)
+            if accelerators:
+                torch.cuda.set_rng_state_all(accelerators)
+            actions = self._loaded.act(images, state, instruction)
+            self._random = _random_state()
+        return actions
+
+
+def _random_state() -> tuple:
+    import torch
+
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def choose_device(name: str | None) -> str:
+    """Return `name`, or the accelerator if there is one. Raises `UserError` if it is not there."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for, but torch sees no CUDA device; use --device cpu.")
+    return name
+
+
+def parse_rename(pairs: tuple[str, ...]) -> dict[str, str]:
+    """Read CLIENT=OURS pairs. Raises `UserError` for anything else."""
+    rename = {}
+    for pair in pairs:
+        theirs, equals, ours = pair.partition("=")
+        if not (theirs and equals and ours):
+            raise UserError(
+                f"--rename {pair} is not CLIENT=OURS, for example observation/wrist_image=image2."
+            )
+        rename[theirs] = ours
+    return rename
+
+
+async def _until_signalled(server: PolicyServer, host: str, port: int, ready) -> None:
+    stop = asyncio.Event()
+    with _signals_set(stop):
+        await server.run(host, port, stop, ready)
+
+
+@contextmanager
+def _signals_set(stop: asyncio.Event):
+    """Let SIGINT and SIGTERM set `stop` while the block runs."""
+    loop = asyncio.get_running_loop()
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.getsignal(number)
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
