@@ -110,6 +110,8 @@ def test_an_evaluation_inside_a_run_appears_in_the_curves_of_the_run(eval_config
         ({"tasks": "0"}, SOURCE, "12 episodes against 6"),
         ({"max_steps": 50}, SOURCE, "step limits libero_object 60 against libero_object 50"),
         ({"n_action_steps": 4}, SOURCE, "executed actions per query 8 against 4"),
+        ({"scheduler": "real_time"}, SOURCE, "chunk scheduler execute_all against real_time"),
+        ({"policy_delay": 2}, SOURCE, "steps of policy delay 0 against 2"),
         ({}, ScriptedSource(skill=0.7), "checkpoint "),
     ],
 )
@@ -283,6 +285,8 @@ def test_two_evaluations_cannot_write_to_one_folder(tmp_path):
         ({"max_steps": -1}, "--max-steps must be positive"),
         ({"max_videos": -1}, "--max-videos must not be negative"),
         ({"n_action_steps": 9}, "--n-action-steps 9 does not fit: the checkpoint predicts 8"),
+        ({"scheduler": "realtime"}, "no chunk scheduler 'realtime'. Did you mean 'real_time'"),
+        ({"policy_delay": -1}, "--policy-delay must not be negative"),
         ({"suite": ("libero_gaol",)}, "Did you mean 'libero_goal'"),
         ({"resume": True, "overwrite": True}, "contradict"),
     ],

@@ -38,8 +38,10 @@ class Plan:
     """The episodes, how long each may take, and which policy acts how.
 
     `step_limits` maps a suite to its control steps; `protocol` names where they come from. The first
-    block (episodes and limits) is the *question*; `checkpoint_hash`, `n_action_steps` and `image_size`
-    say who answers it. Two evaluations are comparable when the question is the same.
+    block (episodes and limits) is the *question*; the rest says who answers it: `checkpoint_hash` at
+    `image_size`, through the chunk scheduler `scheduler` with `n_action_steps` actions per query, each
+    answer `policy_delay` control steps after its observation. Two evaluations are comparable when the
+    question is the same.
     """
 
     episodes: tuple[Episode, ...]
@@ -49,6 +51,8 @@ class Plan:
     checkpoint_hash: str
     n_action_steps: int
     image_size: int
+    scheduler: str = "execute_all"
+    policy_delay: int = 0
 
     @property
     def hash(self) -> str:
@@ -87,6 +91,8 @@ class Plan:
             ("checkpoint_hash", "checkpoint"),
             ("n_action_steps", "executed actions per query"),
             ("image_size", "image size"),
+            ("scheduler", "chunk scheduler"),
+            ("policy_delay", "steps of policy delay"),
         ):
             mine, theirs = getattr(self, field), getattr(other, field)
             if mine != theirs:
@@ -118,6 +124,8 @@ def make_plan(
     checkpoint_hash: str,
     n_action_steps: int,
     image_size: int,
+    scheduler: str = "execute_all",
+    policy_delay: int = 0,
 ) -> Plan:
     """Lay out the benchmark episodes: suite by suite, task by task, in the order of the initial states.
 
@@ -141,7 +149,15 @@ def make_plan(
             chosen = _choose_states(init_states, episodes_per_task, len(suite.init_states(index)), task.name)
             episodes += [_shifted(benchmark_episode(name, index, state), seed) for state in chosen]
     return Plan(
-        tuple(episodes), tuple(planned), protocol, limits, checkpoint_hash, n_action_steps, image_size
+        tuple(episodes),
+        tuple(planned),
+        protocol,
+        limits,
+        checkpoint_hash,
+        n_action_steps,
+        image_size,
+        scheduler,
+        policy_delay,
     )
 
 
@@ -177,6 +193,8 @@ def _parse(content: Mapping[str, Any], path: Path) -> Plan:
             checkpoint_hash=content["checkpoint_hash"],
             n_action_steps=content["n_action_steps"],
             image_size=content["image_size"],
+            scheduler=content.get("scheduler", "execute_all"),  # absent from plans of the first release
+            policy_delay=content.get("policy_delay", 0),
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is malformed ({error!r}); evaluate again.") from None

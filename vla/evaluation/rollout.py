@@ -19,9 +19,10 @@ import numpy as np
 
 from vla.contract import PolicyContract
 from vla.errors import UserError
+from vla.evaluation.acting import Actor
 from vla.evaluation.memory import drop_uploaded_textures, resident_mb
 from vla.evaluation.plan import SETTLE_STEPS, Plan
-from vla.evaluation.policy_source import Policy, PolicySource, RoutedPolicy
+from vla.evaluation.policy_source import Policy, PolicySource
 from vla.evaluation.records import FAILURE, SUCCESS, EpisodeRecord
 from vla.evaluation.routing_trace import RoutingTrace
 from vla.evaluation.video import encode_video
@@ -109,32 +110,20 @@ def run_episodes(job: RolloutJob, requests: Iterable[Request]) -> Iterator[Outco
 def run_episode(job: RolloutJob, policy: Policy, simulation: Any, request: Request) -> Outcome:
     """Run one episode to its first success or its step limit.
 
-    Images are rendered only when the policy looks, every `n_action_steps`; a film renders every step,
-    which changes nothing else.
+    Images are rendered only when the policy looks; a film renders every step, which changes nothing else.
     """
     episode, limit = request.episode, job.plan.step_limits[request.episode.suite]
-    started, policy_s, steps, queries, success = time.perf_counter(), 0.0, 0, 0, False
-    trace: RoutingTrace | None = None
+    started, steps, success = time.perf_counter(), 0, False
     film: list[np.ndarray] = []
+    actor = Actor(policy, job.plan, request.trace)
     policy.reset(episode.seed)
     simulation.reset(episode, settle_steps=SETTLE_STEPS)
     while steps < limit and not success:
-        observation = simulation.images(), simulation.state(), simulation.language
-        asked = time.perf_counter()
-        if request.trace and queries == 0 and isinstance(policy, RoutedPolicy):
-            chunk, report = policy.act_with_report(*observation)
-            trace = RoutingTrace.of(observation[0], report)
-        else:
-            chunk = policy.act(*observation)
-        policy_s += time.perf_counter() - asked
-        queries += 1
-        for action in _checked(chunk, job.plan.n_action_steps)[: limit - steps]:
-            if request.video:
-                film.append(_side_by_side(simulation.images()))
-            success = simulation.step(action)
-            steps += 1
-            if success:
-                break
+        action = actor.action(simulation, steps)
+        if request.video:
+            film.append(_side_by_side(simulation.images()))
+        success = simulation.step(action)
+        steps += 1
     if request.video:
         film.append(_side_by_side(simulation.images()))
     record = EpisodeRecord(
@@ -142,14 +131,14 @@ def run_episode(job: RolloutJob, policy: Policy, simulation: Any, request: Reque
         status=SUCCESS if success else FAILURE,
         success=bool(success),
         steps=steps,
-        queries=queries,
+        queries=actor.queries,
         wall_s=round(time.perf_counter() - started, 3),
-        policy_s=round(policy_s, 3),
+        policy_s=round(actor.policy_s, 3),
         worker_rss_mb=resident_mb(),
         checkpoint_hash=job.plan.checkpoint_hash,
         versions=versions(),
     )
-    return Outcome(request, record, trace, encode_video(film) if film else None)
+    return Outcome(request, record, actor.trace, encode_video(film) if film else None)
 
 
 @lru_cache(maxsize=1)
@@ -164,15 +153,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "absent"
     return found
-
-
-def _checked(chunk: np.ndarray, n_action_steps: int) -> np.ndarray:
-    chunk = np.asarray(chunk, dtype=np.float64)
-    if chunk.ndim != 2 or len(chunk) < n_action_steps:
-        raise ValueError(f"the policy returned {chunk.shape} actions, {n_action_steps} are to be executed")
-    if not np.isfinite(chunk).all():
-        raise ValueError("the policy returned an action that is not finite")
-    return np.clip(chunk[:n_action_steps], -1.0, 1.0)
 
 
 def _side_by_side(images: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vla.atomic import write_bytes
+from vla.contract import PolicyContract
 from vla.errors import UserError
 from vla.evaluation.display import RunDisplay, print_scores
 from vla.evaluation.files import output_folder
@@ -27,6 +28,7 @@ from vla.evaluation.rollout import (
 from vla.evaluation.schedule import EpisodeQueue
 from vla.evaluation.summary import save_summary, summarise
 from vla.evaluation.workers import Backend, LocalWorkers, supervise
+from vla.runtime.chunk_scheduling import default_horizon
 from vla.sim.episode import Episode
 from vla.training.curves import draw_curves
 from vla.training.metrics import METRICS_FILE
@@ -61,7 +63,11 @@ class EvalConfig:
     max_steps: int | None = None
     """Stop every episode after so many steps even if the protocol allows more (for a quick look)."""
     n_action_steps: int | None = None
-    """Actions to execute per query; the checkpoint's own number by default."""
+    """Actions to execute per query; by default the checkpoint's own number, or what suits the scheduler."""
+    scheduler: str = "execute_all"
+    """How chunks become actions: execute_all, receding_horizon, temporal_ensembling or real_time."""
+    policy_delay: int = 0
+    """Control steps that the world goes on while the policy thinks; 0 stops the clock, as LIBERO does."""
     seed: int = 0
     """0 keeps the benchmark's seed of every episode; another number moves all of them."""
     videos: Literal["none", "failures", "all"] = "none"
@@ -93,8 +99,10 @@ def evaluate_source(
         protocol=config.step_limit,
         max_steps=config.max_steps,
         checkpoint_hash=source.hash,
-        n_action_steps=_action_steps(config, contract.chunk_size, contract.n_action_steps),
+        n_action_steps=_action_steps(config, contract),
         image_size=image_size(contract),
+        scheduler=config.scheduler,
+        policy_delay=config.policy_delay,
     )
     started = time.monotonic()
     with output_folder(config.out, resume=config.resume, overwrite=config.overwrite) as folder:
@@ -150,15 +158,22 @@ def _check(config: EvalConfig) -> None:
     ):
         if value is not None and value <= 0:
             raise UserError(f"{option} must be positive, not {value}.")
-    if config.max_videos < 0:
-        raise UserError(f"--max-videos must not be negative, not {config.max_videos}.")
+    for option, value in (("--max-videos", config.max_videos), ("--policy-delay", config.policy_delay)):
+        if value < 0:
+            raise UserError(f"{option} must not be negative, not {value}.")
 
 
-def _action_steps(config: EvalConfig, chunk_size: int, default: int) -> int:
-    steps = default if config.n_action_steps is None else config.n_action_steps
-    if not 1 <= steps <= chunk_size:
+def _action_steps(config: EvalConfig, contract: PolicyContract) -> int:
+    """Executed actions per query: the option, else the checkpoint's number, which is one for execute_all."""
+    steps = default_horizon(config.scheduler, contract.chunk_size)
+    if config.n_action_steps is not None:
+        steps = config.n_action_steps
+    elif config.scheduler == "execute_all":
+        steps = contract.n_action_steps
+    if not 1 <= steps <= contract.chunk_size:
         raise UserError(
-            f"--n-action-steps {steps} does not fit: the checkpoint predicts {chunk_size} actions per query."
+            f"--n-action-steps {steps} does not fit: the checkpoint predicts {contract.chunk_size} actions"
+            " per query."
         )
     return steps
 

@@ -111,6 +111,8 @@ def _provenance(plan: Plan, source: PolicySource) -> dict[str, Any]:
         "step_limits": plan.step_limits,
         "step_limit_protocol": plan.protocol,
         "n_action_steps": plan.n_action_steps,
+        "scheduler": plan.scheduler,
+        "policy_delay": plan.policy_delay,
         "image_size": plan.image_size,
         "command": shlex.join(["vla", *sys.argv[1:]]),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
