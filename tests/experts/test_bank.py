@@ -167,3 +167,29 @@ def test_rows_of_several_cameras_and_bare_parameters():
         weight = model.encode.weight + updates[e]
         expected = (images[row] @ weight.T + model.encode.bias + slots[e]).sum(0)
         torch.testing.assert_close(batched[row], expected)
+
+
+class ReadsWeights(nn.Module):
+    """Uses a child's weight without calling the child."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode = nn.Linear(4, 4)
+        self.queries = nn.Embedding(2, 4)
+
+    def forward(self, x):
+        return self.encode(x) + self.queries.weight.sum(0)
+
+
+@torch.no_grad()
+def test_a_bypassed_private_module_is_an_error():
+    model = ReadsWeights()
+    bank = ExpertBank(model)
+    tensors = {"encode.lora_A.weight": torch.ones(2, 4), "encode.lora_B.weight": torch.ones(4, 2)}
+    bank.add(LoraExpert(make_config({"encode": 2}, 2), tensors, source="plain"))
+    tensors = tensors | {"queries.weight": torch.ones(2, 4)}
+    bank.add(LoraExpert(make_config({"encode": 2}, 2), tensors, source="own queries"))
+    with bank.rows([0, 0]):
+        model(torch.ones(2, 3, 4))
+    with pytest.raises(RuntimeError, match="'queries'"), bank.rows([0, 1]):
+        model(torch.ones(2, 3, 4))

@@ -37,6 +37,7 @@ class ExpertBank:
 
     def __init__(self, model: nn.Module):
         self._modules = dict(model.named_modules())
+        self._shapes = {name: value.shape for name, value in model.state_dict().items()}
         self._names: list[str] = []
         self._rows = RowExperts()
         self._stacks: dict[str, FactorStack] = {}
@@ -67,6 +68,7 @@ class ExpertBank:
             raise UserError(f"The bank already has an expert '{expert.name}'; remove it first.")
         for module in expert.modules:
             self._require_linear(module, expert)
+        expert.require_fits(self._shapes)
         own = self._own_parameters(expert)
         updates = {module: expert.update(module) for module in expert.modules}
         for module in sorted(self._stacks.keys() | updates.keys()):
@@ -92,12 +94,22 @@ class ExpertBank:
     def rows(self, experts: Sequence[int]) -> Iterator[None]:
         """Let row i of every batch inside the block compute with expert ``experts[i]``.
 
-        Raises `IndexError` for an index that no expert has.
+        Raises `IndexError` for an index that no expert has, and `RuntimeError` at the end of the block if a
+        module that an expert trained in full was bypassed: a model that reads a child's weight and never calls
+        the child would silently use the base's.
         """
         if not len(experts) or min(experts) < 0 or max(experts) >= len(self._names):
             raise IndexError(f"rows {list(experts)} do not name experts 0 to {len(self._names) - 1}")
-        with self._rows.set(torch.tensor(list(experts), dtype=torch.long)):
+        rows = torch.tensor(list(experts), dtype=torch.long)
+        for private in self._private.values():
+            private.called = False
+        with self._rows.set(rows):
             yield
+        bypassed = [name for name, private in self._private.items() if private.missed(rows)]
+        if bypassed:
+            raise RuntimeError(
+                f"'{bypassed[0]}', which an expert trained in full, was not called as a module"
+            )
 
     def detach(self) -> None:
         """Remove all experts: the model is as it was before the bank."""
@@ -131,38 +143,19 @@ class ExpertBank:
 
     def _require_linear(self, module: str, expert: LoraExpert) -> None:
         layer = self._modules.get(module)
-        if layer is None:
-            raise UserError(
-                f"The expert '{expert.name}' changes '{module}', which the base does not have."
-                f"{nearest(module, self._modules)}"
-            )
-        if not isinstance(layer, nn.Linear):
+        if layer is not None and not isinstance(layer, nn.Linear):
             raise UserError(
                 f"The expert '{expert.name}' has LoRA factors on '{module}', a {type(layer).__name__} and"
                 " not a linear layer; train it again without."
             )
-        if expert.shape(module) != tuple(layer.weight.shape):
-            raise UserError(
-                f"The expert '{expert.name}' has '{module}' of shape {expert.shape(module)}, the base"
-                f" {tuple(layer.weight.shape)}; they are of different models."
-            )
 
-    def _own_parameters(self, expert: LoraExpert) -> dict[str, dict[str, Tensor]]:
+    @staticmethod
+    def _own_parameters(expert: LoraExpert) -> dict[str, dict[str, Tensor]]:
         """What the expert trained in full, by the module that owns it."""
         own: dict[str, dict[str, Tensor]] = {}
         for name in expert.full_tensors:
             module, _, parameter = name.rpartition(".")
-            owner = self._modules.get(module)
-            held = {} if owner is None else {**owner._parameters, **owner._buffers}
-            if held.get(parameter) is None:
-                raise UserError(f"The expert '{expert.name}' has '{name}', which the base does not have.")
-            value = expert.tensors[name]
-            if value.shape != held[parameter].shape:
-                raise UserError(
-                    f"The expert '{expert.name}' has '{name}' of shape {tuple(value.shape)}, the base"
-                    f" {tuple(held[parameter].shape)}; they are of different models."
-                )
-            own.setdefault(module, {})[parameter] = value
+            own.setdefault(module, {})[parameter] = expert.tensors[name]
         return own
 
 

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from vla.atomic import whole_folder, write_text
 from vla.contract import CONTRACT_FILE, PolicyContract
-from vla.errors import UserError
+from vla.errors import UserError, nearest
 from vla.experts.low_rank import LowRank
 from vla.experts.tensor_stream import TensorFile, file_hash
+from vla.json_file import load_json
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -133,6 +134,22 @@ class LoraExpert:
                 f"The expert '{self.card.name}' ({self.source}) was trained on base {self.card.base[:12]}…,"
                 f" but {where} is {base[:12]}…; use that base, or train the expert again on this one."
             )
+
+    def require_fits(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Raise `UserError` unless a base whose tensors have `shapes` holds all that is changed here."""
+        changed = {f"{module}.weight": self.shape(module) for module in self.modules}
+        changed |= {name: tuple(self.tensors[name].shape) for name in self.full_tensors}
+        for name, shape in changed.items():
+            if name not in shapes:
+                raise UserError(
+                    f"The expert '{self.name}' changes '{name}', which the base does not have."
+                    f"{nearest(name, shapes)}"
+                )
+            if tuple(shapes[name]) != shape:
+                raise UserError(
+                    f"The expert '{self.name}' has '{name}' of shape {shape}, the base"
+                    f" {tuple(shapes[name])}; they are of different models."
+                )
 
     def save(self, folder: Path) -> Path:
         """Write the folder whole or not at all, factors in float32, and return its path."""
@@ -323,14 +340,3 @@ def load_card(folder: Path) -> ExpertCard | None:
 
 def _fits(content: Mapping[str, Any], key: str, kinds: Mapping[str, Any]) -> bool:
     return key in content and key in kinds and isinstance(content[key], kinds[key])
-
-
-def load_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raises `UserError` if the file holds anything else."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy it again.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object; copy it again.")
-    return content

@@ -133,20 +133,11 @@ def make_plan(recipe: Recipe, inputs: Inputs) -> dict[str, Step]:
 def _touched(inputs: Inputs) -> dict[str, bool]:
     """Map each tensor that an expert changed to whether it was trained in full; refuse what does not fit."""
     touched: dict[str, bool] = {}
+    shapes = inputs.base.shapes
     for expert in inputs.experts:
-        shapes = {f"{module}.weight": expert.shape(module) for module in expert.modules}
-        full = {name: tuple(expert.tensors[name].shape) for name in expert.full_tensors}
-        for name, shape in (shapes | full).items():
-            if name not in inputs.base:
-                raise UserError(
-                    f"The expert '{expert.name}' changes '{name}', which the base does not have."
-                    f"{nearest(name, inputs.base)}"
-                )
-            if tuple(inputs.base[name].shape) != shape:
-                raise UserError(
-                    f"The expert '{expert.name}' has '{name}' of shape {shape}, the base"
-                    f" {tuple(inputs.base[name].shape)}; they are of different models."
-                )
+        expert.require_fits(shapes)
+        full = set(expert.full_tensors)
+        for name in (*(f"{module}.weight" for module in expert.modules), *expert.full_tensors):
             if touched.setdefault(name, name in full) != (name in full):
                 raise UserError(
                     f"'{name}' has LoRA factors in one expert and was trained in full in another; train them"

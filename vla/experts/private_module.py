@@ -22,19 +22,27 @@ class PrivateModule:
     """Routes the calls of `module` to the versions of the rows' experts until `restore`.
 
     `versions` holds, per expert, the parameters that it has instead of the module's own, by their names in
-    the module; an empty mapping is an expert that uses the base's.
+    the module; an empty mapping is an expert that uses the base's. `called` says whether a call came since it
+    was last set to False.
     """
 
     def __init__(self, module: nn.Module, rows: RowExperts, versions: list[Mapping[str, Tensor]]):
         self._module, self._rows = module, rows
         self._versions = [_version(module, own) for own in versions]
+        self._own = frozenset(expert for expert, own in enumerate(versions) if own)
+        self.called = False
         module.forward = self._forward
 
     def restore(self) -> None:
         """Give the module its own forward back."""
         del self._module.forward
 
+    def missed(self, rows: Tensor) -> bool:
+        """Whether an expert among `rows` has its own version and no call has come."""
+        return not self.called and not self._own.isdisjoint(rows.tolist())
+
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.called = True
         rows = self._rows.current
         own_forward = type(self._module).forward
         if rows is None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -40,6 +41,12 @@ class TensorFile(Mapping[str, Tensor]):
             raise KeyError(name)
         with self._open() as file:
             return file.get_tensor(name)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape, from the header alone."""
+        with self._open() as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in self._names}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
