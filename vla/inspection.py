@@ -104,7 +104,7 @@ def count_operations(policy: CogMergePolicy) -> dict[str, int]:
     A multiplication and an addition count as two. Counted by torch on the meta device: nothing is computed.
     """
     config = policy.config
-    model = copy.deepcopy(policy.model).to("meta")
+    model = copy.deepcopy(policy.model).to("meta").requires_grad_(False)
     images = torch.empty(1, len(config.camera_keys), 3, config.image_size, config.image_size, device="meta")
     state = torch.empty(1, config.state_dim, device="meta") if config.state_dim else None
     tokens = torch.empty(1, TEXT_TOKENS, dtype=torch.long, device="meta")

@@ -15,7 +15,7 @@ from vla.policy.presets import preset
 # holds them equal to the registries.
 DECODERS = ("llama", "qwen2", "qwen3")
 EXECUTIONS = ("coupled_mask", "coupled_two_call")
-ACTION_DECODERS = ("parallel_l1",)
+ACTION_DECODERS = ("parallel_l1", "cross_attention")
 REDUCERS = ("efa", "none", "average_pool", "fourier", "farthest_point")
 PRUNERS = ("lfp", "none", "pyramid_drop", "feather", "random")
 MASKS = ("coupled", "causal", "full", "modality_mutual", "no_vision_to_vision")
@@ -37,9 +37,12 @@ class CogMergeConfig(PreTrainedConfig):
     Routing: `vision_reducer`, `token_pruner` and `attention_mask` name members of `REDUCERS`, `PRUNERS` and
     `MASKS`; `attention` names how the mask is executed.
 
-    `keyframe` adds one slot that predicts where the gripper acts next; its loss counts with
-    `keyframe_weight` and only when the batch brings the target. `action_space` is written into the
-    contract when the dataset does not say what its actions mean.
+    `action_decoder` names a member of `ACTION_DECODERS`; `action_queries` tokens stand in the language model
+    for those that read all its layers.
+
+    `keyframe` adds one slot, or row of the action decoder, that predicts where the gripper acts next; its
+    loss counts with `keyframe_weight` and only when the batch brings the target. `action_space` is written
+    into the contract when the dataset does not say what its actions mean.
     """
 
     preset: str = "nano"
@@ -69,6 +72,7 @@ class CogMergeConfig(PreTrainedConfig):
     chunk_size: int | None = None
     n_action_steps: int | None = None
     action_decoder: str | None = None
+    action_queries: int | None = None
     keyframe: bool | None = None
     keyframe_weight: float = 0.3
     action_space: str | None = None
@@ -124,6 +128,8 @@ class CogMergeConfig(PreTrainedConfig):
                 f"policy.n_action_steps={self.n_action_steps} must lie between 1 and"
                 f" policy.chunk_size={self.chunk_size}: no more actions can be executed than are predicted."
             )
+        if self.action_queries < 1:
+            raise UserError(f"policy.action_queries={self.action_queries} must be at least 1.")
         for name, known in (
             ("decoder", DECODERS),
             ("vision_reducer", REDUCERS),

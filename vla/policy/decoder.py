@@ -34,13 +34,20 @@ class RoutedDecoder(nn.Module):
         return self.backbone.embed_tokens(tokens)
 
     def forward(
-        self, x: Tensor, layout: Layout, text_valid: Tensor | None = None, trace: dict | None = None
+        self,
+        x: Tensor,
+        layout: Layout,
+        text_valid: Tensor | None = None,
+        trace: dict | None = None,
+        layers: list[Tensor] | None = None,
     ) -> Tensor:
         """Run all layers and the final norm on `x` (B, S, d) laid out as `layout`.
 
         `text_valid` (B, layout.text) is False on padding, which is excluded from attention, from the
         instruction mean and from RoPE positions: a sample's result does not depend on its batch. When
-        `trace` is a dict, ``trace["kept"]`` maps each routed layer to its kept indices (B, k_l).
+        `trace` is a dict, ``trace["kept"]`` maps each routed layer to its kept indices (B, k_l). When
+        `layers` is a list, it receives the states after each layer, the last of them normalised: what
+        transformers calls ``hidden_states[1:]``.
         """
         valid = None
         if text_valid is not None:
@@ -58,7 +65,12 @@ class RoutedDecoder(nn.Module):
                     trace.setdefault("kept", {})[index] = kept
             else:
                 x = layer(x, attention_mask=mask, position_embeddings=rotary)
-        return self.backbone.norm(x)
+            if layers is not None:
+                layers.append(x)
+        x = self.backbone.norm(x)
+        if layers is not None:
+            layers[-1] = x
+        return x
 
     @staticmethod
     def _positions(x: Tensor, valid: Tensor | None) -> Tensor:

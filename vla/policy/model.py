@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vla.policy.action_decoders import ACTION_DECODERS
+from vla.policy.action_decoders.action_decoder import Readout
 from vla.policy.backbones import build_decoder
 from vla.policy.decoder import RoutedDecoder
 from vla.policy.instruction import vocabulary_size
@@ -40,7 +41,8 @@ class CogMergeModel(nn.Module):
     every layer, in place of meeting it through FiLM alone, which matters when nothing is pretrained. And
     no text state depends on what the camera sees, so that text keys, values and every FiLM scale and shift
     are constants of the instruction that a runtime may cache. The state follows vision so that it can
-    summarise both for the slots.
+    summarise both for the slots. For an action decoder that reads every layer, the sequence is
+    ``[text | vision | action queries]`` and the decoder reads the state beside it.
     """
 
     def __init__(self, config):
@@ -63,12 +65,17 @@ class CogMergeModel(nn.Module):
             if config.state_dim
             else None
         )
+        self.action_decoder = ACTION_DECODERS[config.action_decoder](config)
         slots = config.chunk_size + bool(config.keyframe)
         # As large as a normalised token: RMSNorm would hide a smaller scale from the layers but not from
         # the residual stream.
-        self.slots = nn.Parameter(torch.randn(slots, dim) * 0.5)
-        self.action_decoder = ACTION_DECODERS[config.action_decoder](dim, config.action_dim)
+        self.slots = None if self.reads_layers else nn.Parameter(torch.randn(slots, dim) * 0.5)
         self.keyframe_head = nn.Linear(dim, 3) if config.keyframe else None
+
+    @property
+    def reads_layers(self) -> bool:
+        """Whether the action decoder reads every layer of the language model (see `ActionDecoder`)."""
+        return self.action_decoder.reads_layers
 
     def forward(
         self,
@@ -86,19 +93,25 @@ class CogMergeModel(nn.Module):
         """
         text = self.decoder.embed(tokens)
         vision = self.vision(images, masked_mean(text, token_valid), trace)
-        parts = [text, vision]
-        if self.state_projector is not None:
-            limited = state.clamp(-STATE_LIMIT, STATE_LIMIT)
-            parts.append(self.state_projector(limited)[:, None])
-        parts.append(self.slots.expand(len(text), -1, -1))
-        layout = Layout(text.shape[1], vision.shape[1], len(parts) - 3, self.slots.shape[0])
-        x = torch.cat([part.to(text.dtype) for part in parts], dim=1)
-        x = self.decoder(x, layout, token_valid, trace)
-        return self._read_slots(x[:, layout.prefix :])
+        state = None if self.state_projector is None else self._project_state(state)
+        if self.reads_layers:
+            slots = self.action_decoder.queries(text)
+        else:
+            slots = self.slots.expand(len(text), -1, -1)
+        before = [text, vision] if state is None or self.reads_layers else [text, vision, state]
+        layout = Layout(text.shape[1], vision.shape[1], len(before) - 2, slots.shape[1])
+        x = torch.cat([part.to(text.dtype) for part in (*before, slots)], dim=1)
+        layers: list[Tensor] | None = [] if self.reads_layers else None
+        x = self.decoder(x, layout, token_valid, trace, layers)
+        return self._decode(Readout(layout, x, state, layers))
 
-    def _read_slots(self, slots: Tensor) -> Prediction:
-        actions = self.action_decoder(slots[:, : self.config.chunk_size])
+    def _project_state(self, state: Tensor) -> Tensor:
+        """One token (B, 1, d) from the normalised state (B, state_dim)."""
+        return self.state_projector(state.clamp(-STATE_LIMIT, STATE_LIMIT))[:, None]
+
+    def _decode(self, read: Readout) -> Prediction:
+        actions, aim = self.action_decoder(read)
         keyframe = None
         if self.keyframe_head is not None:
-            keyframe = self.keyframe_head(slots[:, -1]).float() * KEYFRAME_UNIT
+            keyframe = self.keyframe_head(aim).float() * KEYFRAME_UNIT
         return Prediction(actions, keyframe)

@@ -36,6 +36,7 @@ NANO = MappingProxyType(
         "chunk_size": 8,
         "n_action_steps": 8,
         "action_decoder": "parallel_l1",
+        "action_queries": 8,
         "keyframe": True,
     }
 )

@@ -1,5 +1,10 @@
 """Action decoders, one file each, chosen by name in `CogMergeConfig.action_decoder`."""
 
+from vla.policy.action_decoders.action_decoder import ActionDecoder
+from vla.policy.action_decoders.cross_attention import CrossAttention
 from vla.policy.action_decoders.parallel_l1 import ParallelL1
 
-ACTION_DECODERS = {"parallel_l1": ParallelL1}
+ACTION_DECODERS: dict[str, type[ActionDecoder]] = {
+    "parallel_l1": ParallelL1,
+    "cross_attention": CrossAttention,
+}
