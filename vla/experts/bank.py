@@ -95,8 +95,8 @@ class ExpertBank:
         """Let row i of every batch inside the block compute with expert ``experts[i]``.
 
         Raises `IndexError` for an index that no expert has, and `RuntimeError` at the end of the block if a
-        module that an expert trained in full was bypassed: a model that reads a child's weight and never calls
-        the child would silently use the base's.
+        module that an expert trained in full was bypassed: whoever reads a child's weight without a call
+        would silently get the base's.
         """
         if not len(experts) or min(experts) < 0 or max(experts) >= len(self._names):
             raise IndexError(f"rows {list(experts)} do not name experts 0 to {len(self._names) - 1}")
