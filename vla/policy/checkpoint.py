@@ -57,24 +57,26 @@ class LoadedPolicy:
         `images` maps each camera (``image`` or ``observation.images.image``) to (H, W, 3) uint8 at the
         contract's resolution; `state` has the contract's entries. Raises `ContractError` if they do not fit.
         """
-        batch = self.preprocessor(self._batch(images, state, instruction))
-        return self._finish(self.policy.predict_action_chunk(batch))
+        batch = self.preprocessor(self.batch(images, state, instruction))
+        return self.finish(self.policy.predict_action_chunk(batch))
 
     @torch.no_grad()
     def act_with_report(
         self, images: Mapping[str, np.ndarray], state: np.ndarray, instruction: str
     ) -> tuple[np.ndarray, RoutingReport]:
         """Like `act`, and say what the routers did with this observation."""
-        batch = self.preprocessor(self._batch(images, state, instruction))
+        batch = self.preprocessor(self.batch(images, state, instruction))
         self.policy.eval()
         trace: dict[str, Any] = {}
-        actions = self._finish(self.policy.predict(batch, trace).actions)
+        actions = self.finish(self.policy.predict(batch, trace).actions)
         return actions, make_report(self.policy.config, trace)
 
-    def _finish(self, chunk: torch.Tensor) -> np.ndarray:
+    def finish(self, chunk: torch.Tensor) -> np.ndarray:
+        """Turn a predicted chunk (1, K, D), normalised, into actions (K, D) in the dataset's units."""
         return self.postprocessor(chunk)[0].float().numpy()
 
-    def _batch(self, images: Mapping[str, np.ndarray], state: np.ndarray, instruction: str) -> dict[str, Any]:
+    def batch(self, images: Mapping[str, np.ndarray], state: np.ndarray, instruction: str) -> dict[str, Any]:
+        """Check one observation and make it a batch of one, before preprocessing; raises as `act` does."""
         batch: dict[str, Any] = {"task": [instruction]}
         for camera in self.contract.interface.cameras:
             image = images.get(camera.key, images.get(camera.key.removeprefix(IMAGE_PREFIX)))
