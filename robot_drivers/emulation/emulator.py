@@ -15,6 +15,9 @@ from typing import Any
 
 from vla.errors import UserError
 
+from ..so101.calibration import Calibration, save_calibration
+from .cameras import EmulatedCamera
+
 START_TIMEOUT = 60.0  # s; importing on a busy machine takes its time
 STEER_TIMEOUT = 30.0  # s
 
@@ -30,6 +33,11 @@ class Emulator:
     world, None for real time. `servos` describes servos 1, 2, …, each by fields of `EmulatedServo` (for
     example ``{"encoder": 1500, "falls_to": 900}``). `turnaround` (s) is the adapter's delay in real time.
 
+    With `tabletop`, a seed, the servos are those of a calibrated SO101 in MuJoCo at its rest pose, before it
+    a cube and a bowl (`tabletop.Tabletop`). `calibration_file` is then LeRobot's file of that arm. `cameras`
+    is the size (height, width) at which its cameras are drawn, None for an arm that nobody watches; they
+    answer at the Unix socket `camera_address`.
+
     Raises `EmulatorError` if the process does not start or a request is refused.
     """
 
@@ -40,38 +48,67 @@ class Emulator:
         lockstep: float | None = None,
         turnaround: float = 0.0005,
         seed: int = 0,
+        tabletop: int | None = None,
+        cameras: tuple[int, int] | None = None,
     ):
+        if cameras is not None and tabletop is None:
+            raise EmulatorError("There is nothing to see without a tabletop: give its seed as well.")
         described = [{}] * servos if isinstance(servos, int) else servos
         self._folder = Path(tempfile.mkdtemp(prefix="vla-bus-"))
         self.port = str(self._folder / "port")
+        self.camera_address = str(self._folder / "cameras")
+        self.calibration_file = self._folder / "so101.json"
         control = str(self._folder / "control")
         config = {
             "servos": [{"id": id} | dict(servo) for id, servo in enumerate(described, 1)],
             "lockstep": lockstep,
             "turnaround": turnaround,
             "seed": seed,
+            "tabletop": None if tabletop is None else {"seed": tabletop},
+            "scene": str(self._folder / "scene"),
             "port": self.port,
             "control": control,
         }
-        # -P: the working directory must not shadow installed packages.
-        command = [sys.executable, "-P", "-m", "vla.robot_drivers.emulation.process", json.dumps(config)]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self._processes: list[subprocess.Popen] = []
         self._connection = socket.socket(socket.AF_UNIX)
         try:
-            self._wait_until_ready()
+            self._start("process", json.dumps(config))
             self._connection.connect(control)
+            if tabletop is not None:
+                save_calibration(self.calibration_file, self.calibration)
+            if cameras is not None:
+                self._start("cameras", config["scene"], self.camera_address, *map(str, cameras))
         except (EmulatorError, OSError):
             self.close()
             raise
         self._connection.settimeout(STEER_TIMEOUT)
         self._lines = self._connection.makefile("r")
 
-    def _wait_until_ready(self) -> None:
-        ready, _, _ = select.select([self._process.stdout], [], [], START_TIMEOUT)
-        if not ready or not self._process.stdout.readline():
-            self._process.kill()
-            words = self._process.stderr.read().decode().strip().splitlines()
+    def _start(self, module: str, *arguments: str) -> None:
+        """Start a process of this package and wait for its first line."""
+        # -P: the working directory must not shadow installed packages.
+        command = [sys.executable, "-P", "-m", f"vla.robot_drivers.emulation.{module}", *arguments]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+        self._processes.append(process)
+        ready, _, _ = select.select([process.stdout], [], [], START_TIMEOUT)
+        if not ready or not process.stdout.readline():
+            process.kill()
+            words = process.stderr.read().decode().strip().splitlines()
             raise EmulatorError(f"The emulated bus did not start: {words[-1] if words else 'no answer'}")
+
+    @property
+    def calibration(self) -> Calibration:
+        """What the arm on the table is calibrated to."""
+        import mujoco  # only an arm with masses needs it
+
+        from .plant import MODEL, emulated_calibration
+
+        return emulated_calibration(mujoco.MjModel.from_xml_path(str(MODEL)))
+
+    def camera(self, name: str) -> EmulatedCamera:
+        """Return a camera of the table, ``"top"`` or ``"wrist"``."""
+        return EmulatedCamera(self.camera_address, name)
 
     def request(self, op: str, **arguments: Any) -> dict[str, Any]:
         """Send one request and return its answer."""
@@ -113,18 +150,28 @@ class Emulator:
         """Return the commands since the last call, as ``{"id", "code", "parameters"}``."""
         return self.request("trace")["trace"]
 
+    def arrange(self, seed: int) -> None:
+        """Put cube and bowl where `seed` says; the arm stays as it is."""
+        self.request("arrange", seed=seed)
+
+    def look(self) -> dict[str, Any]:
+        """Return ``success``, ``cube`` and ``bowl`` (m), ``angles`` (rad) and the world's ``time`` (s)."""
+        return self.request("look")
+
     def close(self) -> None:
-        """End the process. Idempotent."""
+        """End the processes. Idempotent."""
         self._connection.close()
         if hasattr(self, "_lines"):
             self._lines.close()
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
-        self._process.stderr.close()
+        for process in self._processes:
+            process.stdin.close()
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            process.stdout.close()
+            process.stderr.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> Emulator:

@@ -6,11 +6,14 @@ import random
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from ..so101 import registers as r
 from ..so101.codec import BROADCAST, Instruction, Packet
 from .servo import EmulatedServo
+
+STEP = 0.004
+"""Seconds of the world between two looks of the servos at their tables."""
 
 Kind = Literal["drop", "corrupt", "delay", "short", "noise", "lose_byte"]
 KINDS = ("drop", "corrupt", "delay", "short", "noise", "lose_byte")
@@ -54,11 +57,24 @@ class Reply:
     late: float = 0.0
 
 
-class EmulatedLine:
-    """Servos on one bus. `echo` repeats every command to the sender, `mute` loses all that is sent back."""
+class World(Protocol):
+    """What the servos move, where they do not just move."""
 
-    def __init__(self, servos: Iterable[EmulatedServo], seed: int = 0):
-        self.servos = {servo.id: servo for servo in servos}
+    servos: list[EmulatedServo]
+
+    def tick(self, dt: float) -> None:
+        """Let `dt` seconds pass for the servos and all that they move."""
+
+
+class EmulatedLine:
+    """Servos on one bus. `echo` repeats every command to the sender, `mute` loses all that is sent back.
+
+    With a `world` the servos are its, and it says how they move.
+    """
+
+    def __init__(self, servos: Iterable[EmulatedServo] = (), seed: int = 0, world: World | None = None):
+        self.world = world
+        self.servos = {servo.id: servo for servo in (world.servos if world else servos)}
         self.injections: list[Injection] = []
         self.trace: deque[Packet] = deque(maxlen=4096)
         self.echo = self.mute = False
@@ -66,8 +82,17 @@ class EmulatedLine:
 
     def tick(self, dt: float) -> None:
         """Let `dt` seconds pass for every servo."""
+        if self.world is not None:
+            self.world.tick(dt)
+            return
         for servo in self.servos.values():
             servo.tick(dt)
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass in equal steps of about `STEP`."""
+        steps = max(1, round(seconds / STEP))
+        for _ in range(steps):
+            self.tick(seconds / steps)
 
     def answer(self, command: Packet, baudrate: int) -> list[Reply]:
         """Carry out a command that arrived at `baudrate`, and return the replies in their order."""

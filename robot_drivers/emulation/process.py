@@ -5,6 +5,9 @@ writes. It prints one JSON line when it is ready and ends with its last steering
 
 In real time the servos move with the clock. In lockstep each SYNC_WRITE of goal positions advances the world
 by one control period and nothing else does, which makes a run reproducible to the bit.
+
+With a tabletop the servos drive an SO101 in MuJoCo, and its scene is published for the camera process
+(`cameras`) before the reply that tells of it leaves.
 """
 
 from __future__ import annotations
@@ -27,10 +30,9 @@ from typing import Any
 
 from ..so101 import registers as r
 from ..so101.codec import Packet, PacketReader
-from .line import EmulatedLine, Injection, is_goal, wire_time
+from .line import STEP, EmulatedLine, Injection, is_goal, wire_time
 from .servo import EmulatedServo
 
-STEP = 0.004  # s of the world
 CATCH_UP = 12  # steps per turn at most: a late process must still answer the bus
 PARTIAL_FRAME = 0.02  # s after which an unfinished command is dropped
 LONELY = 30.0  # s to wait for the first steering connection
@@ -70,6 +72,13 @@ class EmulatorProcess:
 
     def __init__(self, config: dict[str, Any]):
         self.config = config
+        self.tabletop = self.published = None
+        if config["tabletop"] is not None:
+            from .cameras import PublishedScene  # MuJoCo is imported where there are masses to move
+            from .tabletop import Tabletop
+
+            self.tabletop = Tabletop(config["tabletop"]["seed"])
+            self.published = PublishedScene.create(Path(config["scene"]), self.tabletop.model.nq)
         self.line = self._new_line()
         self.period = config["lockstep"]  # s per goal, None in real time
         self.turnaround = config["turnaround"]
@@ -101,6 +110,10 @@ class EmulatorProcess:
             self._send_due()
 
     def _new_line(self) -> EmulatedLine:
+        if self.tabletop is not None:
+            self.tabletop.reset(self.config["tabletop"]["seed"])
+            self._publish()
+            return EmulatedLine(seed=self.config["seed"], world=self.tabletop)
         return EmulatedLine([EmulatedServo(**servo) for servo in self.config["servos"]], self.config["seed"])
 
     def _plug(self) -> None:
@@ -118,9 +131,15 @@ class EmulatorProcess:
             return
         for _ in range(CATCH_UP):
             if self.world + STEP > time.monotonic():
-                return
+                break
             self.line.tick(STEP)
             self.world += STEP
+        self._publish()
+
+    def _publish(self) -> None:
+        """Let the cameras see where everything is."""
+        if self.published is not None:
+            self.published.write(self.tabletop.data.time, self.tabletop.data.qpos)
 
     def _receive(self, master: int) -> None:
         try:
@@ -158,9 +177,8 @@ class EmulatorProcess:
                     os.write(self.terminal.master, wire)
 
     def _advance(self, seconds: float) -> None:
-        steps = max(1, round(seconds / STEP))
-        for _ in range(steps):
-            self.line.tick(seconds / steps)
+        self.line.advance(seconds)
+        self._publish()
 
     def _accept(self, server: socket.socket) -> None:
         connection, _ = server.accept()
@@ -219,9 +237,29 @@ class EmulatorProcess:
                 ]
                 self.line.trace.clear()
                 return {"trace": packets}
+            case "arrange":
+                self._tabletop().arrange(self._tabletop().layout(request["seed"]))
+                self._publish()
+            case "look":
+                return self._look()
             case unknown:
                 raise ValueError(f"unknown op {unknown!r}")
         return None
+
+    def _tabletop(self):
+        if self.tabletop is None:
+            raise ValueError("this world has no tabletop")
+        return self.tabletop
+
+    def _look(self) -> dict[str, Any]:
+        table = self._tabletop()
+        return {
+            "success": table.success,
+            "cube": table.cube_pose[0].tolist(),
+            "bowl": table.bowl_position.tolist(),
+            "angles": table.plant.angles().tolist(),
+            "time": table.data.time,
+        }
 
     def _describe(self, servo: EmulatedServo) -> dict[str, Any]:
         servo.sense()
@@ -233,6 +271,8 @@ class EmulatorProcess:
         for name, value in world.items():
             if name not in WORLD:
                 raise ValueError(f"a servo has no {name!r}, only {', '.join(WORLD)}")
+            if name == "encoder" and self.tabletop is not None:
+                raise ValueError("a motor's encoder follows its joint and cannot be set")
             setattr(it, name, value)
         for name, value in (registers or {}).items():
             it.put(r.BY_NAME[name], value)

@@ -1,7 +1,8 @@
 """One emulated STS3215: its memory table, what keeps it from moving, and how it moves.
 
-Motion is kinematic: a trapezoid towards the goal, within ``GOAL_VELOCITY`` and ``ACCELERATION``, no masses.
-Without torque a joint drops at a fixed rate to `falls_to`, if gravity has anything to take it to.
+Motion here is kinematic: a trapezoid towards the goal, within ``GOAL_VELOCITY`` and ``ACCELERATION``, no
+masses. Without torque a joint drops at a fixed rate to `falls_to`, if gravity has anything to take it to.
+`plant.MotorServo` follows the same trapezoid with a motor of limited torque.
 
 Assumed of the servo, and not yet seen on hardware: switching torque on makes the present position the goal;
 a condition of ``UNLOADING_CONDITION`` clears ``TORQUE_ENABLE``, except overload, which only stops driving the
@@ -11,6 +12,7 @@ joint until ``TORQUE_ENABLE`` is written again; a goal written without torque do
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..so101 import registers as r
@@ -48,12 +50,24 @@ FACTORY = {
 }
 
 
+def trapezoid(
+    position: float, velocity: float, goal: float, speed: float, acceleration: float, dt: float
+) -> tuple[float, float]:
+    """Advance `dt` on the way to `goal`, as fast as allowed and as still lets it stop there."""
+    gap, step = goal - position, acceleration * dt
+    stopping = math.sqrt(step**2 + 2 * acceleration * abs(gap)) - step
+    wanted = math.copysign(min(speed, stopping, abs(gap) / dt), gap)
+    velocity = min(max(wanted, velocity - step), velocity + step)
+    return position + velocity * dt, velocity
+
+
 @dataclass
 class EmulatedServo:
     """A servo on the bus; everything that is not a register is the world around it.
 
     `encoder` is the true position in steps, `temperature` in °C, `voltage` in V. `connected` is the cable,
-    `jammed` holds the joint fast, `frozen` stops the encoder from following the joint.
+    `jammed` holds the joint fast, `frozen` stops the encoder from following the joint. `eeprom` is what
+    somebody wrote into its flash before, by register name.
     """
 
     id: int
@@ -66,12 +80,15 @@ class EmulatedServo:
     frozen: bool = False
     falls_to: float | None = None
     velocity: float = 0.0
+    eeprom: Mapping[str, int] = field(default_factory=dict)
     table: bytearray = field(default_factory=lambda: bytearray(128))
 
     def __post_init__(self):
         for register, value in FACTORY.items():
             self.put(register, value)
         self.put(r.ID, self.id)
+        for name, value in self.eeprom.items():
+            self.put(r.BY_NAME[name], value)
         self._flash = bytes(self.table[: r.EEPROM.stop])
         self._pending: tuple[int, bytes] | None = None
         self._seen = self.encoder
@@ -146,33 +163,33 @@ class EmulatedServo:
 
     def tick(self, dt: float) -> None:
         """Let `dt` seconds pass."""
-        cut = self.status() & self.get(r.UNLOADING_CONDITION) & ~OVERLOAD
-        if cut or not self.powered:
-            self.put(r.TORQUE_ENABLE, 0)
-        driven = self.get(r.TORQUE_ENABLE) == 1 and not self._overloaded
+        driven = self.protect() and not self._overloaded
         if self.jammed:
             self.velocity = 0.0
         elif driven:
-            self._drive(dt)
+            self.encoder, self.velocity = self.advance(self.encoder, self.velocity, dt)
         else:
             self._fall(dt)
-        self._strain(dt, driven and self.jammed and abs(self._gap()) > 20)
+        strained = driven and self.jammed and abs(self.goal() - self.encoder) > 20
+        self.strain(dt, self.get(r.TORQUE_LIMIT) / 1000 if strained else 0.0)
 
-    def _gap(self) -> float:
-        """Steps from the encoder to the goal, which the servo keeps within its position limits."""
+    def protect(self) -> bool:
+        """Cut the torque where a condition or the supply says so; return whether there is any."""
+        cut = self.status() & self.get(r.UNLOADING_CONDITION) & ~OVERLOAD
+        if cut or not self.powered:
+            self.put(r.TORQUE_ENABLE, 0)
+        return self.get(r.TORQUE_ENABLE) == 1
+
+    def goal(self) -> float:
+        """Return the goal in steps of the encoder; the servo keeps it within its position limits."""
         low, high = self.get(r.MIN_POSITION_LIMIT), self.get(r.MAX_POSITION_LIMIT)
-        goal = min(max(self.get(r.GOAL_POSITION), low), high)
-        return goal + self.get(r.HOMING_OFFSET) - self.encoder
+        return min(max(self.get(r.GOAL_POSITION), low), high) + self.get(r.HOMING_OFFSET)
 
-    def _drive(self, dt: float) -> None:
-        """Advance on the trapezoid: as fast as allowed and as still lets the servo stop at the goal."""
+    def advance(self, position: float, velocity: float, dt: float) -> tuple[float, float]:
+        """Return position and velocity (steps, steps/s) `dt` later on the way to the goal."""
         acceleration = 100.0 * self.get(r.ACCELERATION) or FREE_ACCELERATION
         speed = min(abs(self.get(r.GOAL_VELOCITY)) or FREE_SPEED, FREE_SPEED)
-        gap, step = self._gap(), acceleration * dt
-        stopping = math.sqrt(step**2 + 2 * acceleration * abs(gap)) - step
-        wanted = math.copysign(min(speed, stopping, abs(gap) / dt), gap)
-        self.velocity = min(max(wanted, self.velocity - step), self.velocity + step)
-        self.encoder += self.velocity * dt
+        return trapezoid(position, velocity, self.goal(), speed, acceleration, dt)
 
     def _fall(self, dt: float) -> None:
         self.velocity = 0.0
@@ -181,13 +198,13 @@ class EmulatedServo:
             self.velocity = math.copysign(min(FALL_SPEED, abs(gap) / dt), gap)
             self.encoder += self.velocity * dt
 
-    def _strain(self, dt: float, strained: bool) -> None:
-        """Count the time at full load; too long is an overload, unless the torque limit is below it."""
-        load = self.get(r.TORQUE_LIMIT) / 10 if strained else 0
-        self._strained = self._strained + dt if load > self.get(r.OVERLOAD_TORQUE) else 0.0
+    def strain(self, dt: float, load: float) -> None:
+        """Feel `load`, -1 to 1 of the stall torque, for `dt` seconds; too much too long is an overload."""
+        heavy = 100 * abs(load) > self.get(r.OVERLOAD_TORQUE)
+        self._strained = self._strained + dt if heavy else 0.0
         if self._strained > self.get(r.PROTECTION_TIME) / 100:
             self._overloaded = True
-        self.put(r.PRESENT_LOAD, min(round(10 * load), 1000))
+        self.put(r.PRESENT_LOAD, min(max(round(1000 * load), -1000), 1000))
 
     def sense(self) -> None:
         """Bring the read-only registers up to date."""

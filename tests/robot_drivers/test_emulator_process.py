@@ -105,7 +105,7 @@ def test_steering_sets_and_reports_and_refuses_nonsense():
 def test_the_process_ends_with_its_steering_connection():
     bus = Emulator(1, lockstep=0.01)
     bus._connection.shutdown(2)  # as if this process had been killed
-    assert bus._process.wait(timeout=60) == 0
+    assert bus._processes[0].wait(timeout=60) == 0
     with pytest.raises(EmulatorError):
         bus.servos()
     bus.close()
