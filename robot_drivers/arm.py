@@ -175,16 +175,16 @@ class Arm:
         A bad one (unknown joints, not finite) is refused by the filter, and named in `Cycle.interventions`.
         """
         try:
-            line = json.dumps({"op": "setpoint", "q": dict(q), "time": time.monotonic()}, default=float)
+            content = json.loads(json.dumps(dict(q), default=float))
         except (TypeError, ValueError) as error:
             raise LimitViolation(f"The setpoint is not made of joint names and numbers ({error}).") from None
         with self._lock:
-            self._send(line)
+            self._tell({"op": "setpoint", "q": content, "time": time.monotonic()})
 
     def heartbeat(self) -> None:
         """Say that this process is well. `setpoint` and `latest` do, too."""
         with self._lock:
-            self._send('{"op": "heartbeat"}')
+            self._tell({"op": "heartbeat"})
 
     def latest(self) -> Cycle:
         """Return the newest control period, at most two of them old; waits for one if need be.
@@ -194,7 +194,6 @@ class Arm:
         """
         with self._lock:
             self.heartbeat()
-            self._drain(0.0)
             seen, period = self._received, 1 / (self.config.rate or self.info.control_rate)
             if self._cycle is None or time.monotonic() - self._cycle.time > 2 * period:
                 self._request("look")  # answered behind every cycle that is still on its way
@@ -261,11 +260,16 @@ class Arm:
         with self._lock:
             self._requests += 1
             number = self._requests
-            self._send(json.dumps({"op": op, "number": number}))
+            self._tell({"op": op, "number": number})
             self._wait(lambda: number in self._answers, timeout, op)
             error = self._answers.pop(number)
         if error is not None:
             raise error
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        """Send an operation, and how many cycles have been fetched: the other side stays a few ahead."""
+        self._drain(0.0)
+        self._send(json.dumps(message | {"seen": self._received}))
 
     def _send(self, line: str) -> None:
         try:

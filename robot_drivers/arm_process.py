@@ -47,6 +47,9 @@ WINDOW = 500
 IDLE = 0.1
 """Seconds between looks at signals while there is no loop to keep."""
 
+AHEAD = 32
+"""Cycles that may wait to be fetched before the next ones are dropped, so that the last words still fit."""
+
 REQUESTS = ("open", "enable", "hold", "rest", "reset", "release", "emergency_stop", "look", "close")
 
 
@@ -95,10 +98,11 @@ class Pacer:
 
 
 class Pipe:
-    """JSON lines to and from the client. Sending never waits: what does not fit is dropped whole."""
+    """JSON lines to and from the client. Sending never waits: cycles that nobody fetches are dropped."""
 
     def __init__(self, connection: socket.socket):
         self.connection = connection
+        self._published = self._seen = 0
         self._incoming = b""
         self._outgoing = b""
 
@@ -114,13 +118,15 @@ class Pipe:
         if not data:
             return None
         *lines, self._incoming = (self._incoming + data).split(b"\n")
-        return [json.loads(line) for line in lines]
+        messages = [json.loads(line) for line in lines]
+        self._seen = max([self._seen, *(message.get("seen", 0) for message in messages)])
+        return messages
 
     def publish(self, message: dict[str, Any]) -> None:
-        """Send a message that the next one will replace; drop it if the client does not fetch them."""
-        if self._push():
-            self._outgoing = json.dumps(message).encode() + b"\n"
-            self._push()
+        """Send a control period; drop it if the client does not fetch them."""
+        if self._push() and self._published - self._seen < AHEAD:
+            self._published += 1
+            self.say(message)
 
     def say(self, message: dict[str, Any]) -> None:
         """Send a message that must not be lost."""

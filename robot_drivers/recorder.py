@@ -52,10 +52,13 @@ class Recorder:
             "monotonic": time.monotonic(),
             "unix": time.time(),
         }
+        if self.path.exists():
+            raise UserError(f"There is already a record {self.path}: name another file.")
         try:
-            if self.path.exists():
-                raise UserError(f"There is already a record {self.path}: name another file.")
             self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"The record {self.path} cannot be written ({error}).") from None
+        try:
             self._file = open(self.partial, "x", encoding="utf-8")  # noqa: SIM115, closed by the thread
         except FileExistsError:
             raise UserError(
@@ -76,7 +79,7 @@ class Recorder:
             self.trouble = f"The disk is too slow for the record {self.path}: cycles are missing."
 
     def close(self) -> None:
-        """Write what is left and give the file its final name. Idempotent."""
+        """Write what is left and give the file its final name; drop a record of nothing. Idempotent."""
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
@@ -91,15 +94,19 @@ class Recorder:
         """Take lines off the queue until None; after the first failure, only take them off."""
         try:
             with self._file as file:
-                flushed = time.monotonic()
+                flushed, lines = time.monotonic(), 0
                 while (line := self._queue.get()) is not None:
                     file.write(line + "\n")
+                    lines += 1
                     if time.monotonic() - flushed > FLUSH_EVERY:
                         file.flush()
                         flushed = time.monotonic()
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(self.partial, self.path)
+            if lines > 1:
+                os.replace(self.partial, self.path)
+            else:
+                self.partial.unlink()
         except OSError as error:
             self.trouble = f"The record {self.path} stopped ({error.strerror}); {self.partial} has the rest."
             while self._queue.get() is not None:
