@@ -66,7 +66,7 @@ def preset_policy(name: str, **changes: Any) -> CogMergePolicy:
     config.input_features = {IMAGE_PREFIX + camera: image for camera in ("image", "image2")}
     config.input_features[STATE_KEY] = PolicyFeature(FeatureType.STATE, (8,))
     config.output_features = {ACTION_KEY: PolicyFeature(FeatureType.ACTION, (7,))}
-    return CogMergePolicy(config)
+    return CogMergePolicy(config, pretrained_backbones=False)
 
 
 def _print_policy(console: Console, policy: CogMergePolicy) -> None:

@@ -1,4 +1,7 @@
-"""Language backbones: Hugging Face decoders, taken whole: weights, PEFT names and families come free."""
+"""Language backbones: Hugging Face decoders, taken whole: weights, PEFT names and families come free.
+
+Their own `forward` is never called: `vla.policy.decoder.RoutedDecoder` walks their layers.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,9 @@ from transformers import (
     Qwen3Model,
 )
 
+from vla.policy.instruction import vocabulary_size
+from vla.policy.pretrained import blank_decoder, load_decoder
+
 FAMILIES = {
     "llama": (LlamaConfig, LlamaModel),
     "qwen2": (Qwen2Config, Qwen2Model),
@@ -20,10 +26,20 @@ FAMILIES = {
 }
 
 
+def decoder_backbone(config, pretrained: bool = False) -> PreTrainedModel:
+    """Return the decoder that `config` describes, with weights from ``decoder_backbone`` if `pretrained`."""
+    if config.decoder_config is None:
+        return build_decoder(config, vocabulary_size(config.tokenizer))
+    if pretrained and config.decoder_backbone:
+        decoder = load_decoder(config.decoder_backbone, config.decoder_config)
+    else:
+        decoder = blank_decoder(config.decoder_config)
+    decoder.config._attn_implementation = config.attention
+    return decoder
+
+
 def build_decoder(config, vocab_size: int) -> PreTrainedModel:
     """Build the decoder named by ``config.decoder`` from its sizes, with fresh weights.
-
-    Its own `forward` is never called: `vla.policy.decoder.RoutedDecoder` walks its layers.
 
     Hugging Face's initial deviation of 0.02 suits widths in the thousands; at width 128 it leaves every
     layer nearly silent. Embeddings start at 1 because their mean is also the condition of every FiLM, which

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from math import isqrt
+from typing import Any
 
 from lerobot.configs import FeatureType, NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
@@ -18,7 +20,16 @@ EXECUTIONS = ("coupled_mask", "coupled_two_call")
 ACTION_DECODERS = ("parallel_l1", "cross_attention")
 REDUCERS = ("efa", "none", "average_pool", "fourier", "farthest_point")
 PRUNERS = ("lfp", "none", "pyramid_drop", "feather", "random")
+FUSIONS = ("gate", "concat")
 MASKS = ("coupled", "causal", "full", "modality_mutual", "no_vision_to_vision")
+
+_DECODER_SIZES = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "decoder_layers": "num_hidden_layers",
+    "decoder_heads": "num_attention_heads",
+    "decoder_kv_heads": "num_key_value_heads",
+}
 
 
 @PreTrainedConfig.register_subclass("cogmerge")
@@ -34,6 +45,14 @@ class CogMergeConfig(PreTrainedConfig):
     `keep_floor` and `keep_dense_above` are the LFP schedule (`vla.policy.routing.keep_counts`), whose
     mean is the budget of every pruner.
 
+    Pretrained backbones: `vision_backbones` and `decoder_backbone` are local folders or hub names, whose
+    weights a new policy starts from. They replace the encoders and the decoder built from sizes.
+    `vision_configs` and `decoder_config` are what was found there; they are saved, so that a checkpoint is
+    loaded without asking again. The decoder brings its `tokenizer`; `prompt` is what an instruction is put
+    into. `vision_feature_layer` is the block whose output is taken (-2: the last but one, as in the papers),
+    `vision_film` whether instructions modulate the blocks, `vision_fusion` how encoders are combined (see
+    `vla.policy.vision.VisionTower`).
+
     Routing: `vision_reducer`, `token_pruner` and `attention_mask` name members of `REDUCERS`, `PRUNERS` and
     `MASKS`; `attention` names how the mask is executed.
 
@@ -47,7 +66,16 @@ class CogMergeConfig(PreTrainedConfig):
 
     preset: str = "nano"
 
+    vision_backbones: list[str] | None = None
+    vision_configs: list[dict[str, Any]] | None = None
+    vision_feature_layer: int = -2
+    vision_film: bool = True
+    vision_fusion: str = "gate"
+    decoder_backbone: str | None = None
+    decoder_config: dict[str, Any] | None = None
+
     tokenizer: str | None = None
+    prompt: str | None = None
     image_size: int | None = None
     stem_strides: list[int] | None = None
     stem_width: int | None = None
@@ -99,14 +127,66 @@ class CogMergeConfig(PreTrainedConfig):
     scheduler_decay_lr: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name, value in preset(self.preset).items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        self._fill_from_preset()
+        self._resolve_backbones()
         super().__post_init__()
+        self._check_backbones()
         self._check_sizes()
+        self._check_names()
+
+    def _fill_from_preset(self) -> None:
+        # Another backbone than the preset's comes with its own sizes and its own tokenizer.
+        replaced = set()
+        if self.vision_backbones is not None:
+            replaced |= {"vision_configs"}
+        if self.decoder_backbone is not None:
+            self.tokenizer = self.tokenizer or self.decoder_backbone
+            replaced |= {"decoder_config"}
+        for name, value in preset(self.preset).items():
+            if getattr(self, name) is None and name not in replaced:
+                setattr(self, name, copy.deepcopy(value))
+
+    def _resolve_backbones(self) -> None:
+        # Here, not above: naming a backbone is the only thing that needs transformers at this point.
+        if self.vision_backbones and self.vision_configs is None:
+            from vla.policy.pretrained import resolve_vision
+
+            self.vision_configs = [resolve_vision(source) for source in self.vision_backbones]
+        if self.decoder_backbone and self.decoder_config is None:
+            from vla.policy.pretrained import resolve_decoder
+
+            self.decoder_config = resolve_decoder(self.decoder_backbone)
+        if self.decoder_config:
+            self.decoder = self.decoder_config["model_type"]
+            for ours, theirs in _DECODER_SIZES.items():
+                setattr(self, ours, self.decoder_config[theirs])
+
+    def _check_backbones(self) -> None:
+        named, described = len(self.vision_backbones or ()), len(self.vision_configs or ())
+        if named != described:
+            raise UserError(
+                f"policy.vision_configs describes {described} encoders, policy.vision_backbones names"
+                f" {named}; name as many as are described."
+            )
+        for settings in self.vision_configs or ():
+            depth = settings["num_hidden_layers"]
+            if not -depth <= self.vision_feature_layer <= -1:
+                raise UserError(
+                    f"policy.vision_feature_layer={self.vision_feature_layer} must lie between -{depth} and"
+                    f" -1: an encoder has {depth} blocks."
+                )
+        if "{instruction}" not in self.prompt:
+            raise UserError(f"policy.prompt must contain '{{instruction}}', but is '{self.prompt}'.")
+        grids = {self._patch_grid(index) for index in range(self._encoders)}
+        if len(grids) > 1 and self.vision_reducer == "none":
+            raise UserError(
+                f"policy.vision_reducer=none cannot mix encoders of different strides: their patch grids"
+                f" {sorted(grids)} give different token counts."
+            )
 
     def _check_sizes(self) -> None:
-        for width, heads in (("vision_dim", "vision_heads"), ("hidden_size", "decoder_heads")):
+        own = [] if self.vision_configs else [("vision_dim", "vision_heads")]
+        for width, heads in own + ([] if self.decoder_config else [("hidden_size", "decoder_heads")]):
             if getattr(self, width) % (2 * getattr(self, heads)):
                 raise UserError(
                     f"policy.{width}={getattr(self, width)} must be a multiple of 2 x policy.{heads}"
@@ -117,7 +197,7 @@ class CogMergeConfig(PreTrainedConfig):
                 f"policy.decoder_heads={self.decoder_heads} must be a multiple of"
                 f" policy.decoder_kv_heads={self.decoder_kv_heads}."
             )
-        for stride in self.stem_strides:
+        for stride in () if self.vision_configs else self.stem_strides:
             if stride < 4 or stride & (stride - 1) or self.image_size % stride:
                 raise UserError(
                     f"policy.stem_strides has {stride}, which must be a power of two >= 4 that divides"
@@ -130,8 +210,11 @@ class CogMergeConfig(PreTrainedConfig):
             )
         if self.action_queries < 1:
             raise UserError(f"policy.action_queries={self.action_queries} must be at least 1.")
+
+    def _check_names(self) -> None:
         for name, known in (
             ("decoder", DECODERS),
+            ("vision_fusion", FUSIONS),
             ("vision_reducer", REDUCERS),
             ("token_pruner", PRUNERS),
             ("attention_mask", MASKS),
@@ -148,11 +231,6 @@ class CogMergeConfig(PreTrainedConfig):
                 f"policy.attention=coupled_two_call computes the coupled mask only, not"
                 f" policy.attention_mask={self.attention_mask}; use policy.attention=coupled_mask."
             )
-        if self.vision_reducer == "none" and len(set(self.stem_strides)) > 1:
-            raise UserError(
-                f"policy.vision_reducer=none cannot mix encoders of different strides"
-                f" ({self.stem_strides}): their token counts differ."
-            )
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"policy.dtype must be float32 or bfloat16, not '{self.dtype}'.")
 
@@ -168,10 +246,20 @@ class CogMergeConfig(PreTrainedConfig):
         The squarest grid of `aggregation_tokens` cells (16 is 4 x 4, 12 is 3 x 4), or all patches.
         """
         if self.vision_reducer == "none":
-            return (self.image_size // self.stem_strides[0],) * 2
+            return (self._patch_grid(0),) * 2
         count = self.aggregation_tokens
         rows = max(rows for rows in range(1, isqrt(count) + 1) if count % rows == 0)
         return rows, count // rows
+
+    @property
+    def _encoders(self) -> int:
+        return len(self.vision_configs or self.stem_strides)
+
+    def _patch_grid(self, encoder: int) -> int:
+        """Patches along a side of the image in the encoder of that index."""
+        if self.vision_configs:
+            return max(1, round(self.image_size / self.vision_configs[encoder]["patch_size"]))
+        return self.image_size // self.stem_strides[encoder]
 
     @property
     def state_dim(self) -> int:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from vla.policy.action_decoders import ACTION_DECODERS
 from vla.policy.action_decoders.action_decoder import Readout
-from vla.policy.backbones import build_decoder
+from vla.policy.backbones import decoder_backbone
 from vla.policy.decoder import RoutedDecoder
-from vla.policy.instruction import vocabulary_size
 from vla.policy.masks import Layout
 from vla.policy.pruners.pruner import Budget
 from vla.policy.routing import keep_counts, masked_mean
@@ -45,7 +44,7 @@ class CogMergeModel(nn.Module):
     ``[text | vision | action queries]`` and the decoder reads the state beside it.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, pretrained: bool = False):
         super().__init__()
         self.config = config
         dim = config.hidden_size
@@ -53,9 +52,9 @@ class CogMergeModel(nn.Module):
         counts = keep_counts(
             config.decoder_layers, math.prod(grid), config.keep_floor, config.keep_dense_above
         )
-        self.vision = VisionTower(config, condition_dim=dim)
+        self.vision = VisionTower(config, condition_dim=dim, pretrained=pretrained)
         self.decoder = RoutedDecoder(
-            build_decoder(config, vocabulary_size(config.tokenizer)),
+            decoder_backbone(config, pretrained),
             Budget(counts, grid),
             pruner=config.token_pruner,
             mask=config.attention_mask,

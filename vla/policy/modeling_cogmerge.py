@@ -26,20 +26,34 @@ class CogMergePolicy(PreTrainedPolicy):
     """The CogMerge policy as LeRobot trains, saves, loads and runs it.
 
     `dataset_meta` (LeRobot's dataset metadata) lets the policy write its contract beside its weights;
-    without it `contract` stays None until somebody sets it.
+    without it `contract` stays None until somebody sets it. A new policy takes the weights of its backbones
+    from where the configuration says; with ``pretrained_backbones=False`` all weights are fresh, which is
+    what loading a checkpoint wants.
     """
 
     config_class = CogMergeConfig
     name = "cogmerge"
 
-    def __init__(self, config: CogMergeConfig, dataset_stats=None, dataset_meta=None, **kwargs: Any):
+    def __init__(
+        self,
+        config: CogMergeConfig,
+        dataset_stats=None,
+        dataset_meta=None,
+        pretrained_backbones: bool = True,
+        **kwargs: Any,
+    ):
         super().__init__(config)
         config.validate_features()
-        self.model = CogMergeModel(config)
+        self.model = CogMergeModel(config, pretrained_backbones)
         self.contract: PolicyContract | None = None
         if dataset_meta is not None:
             self.contract = contract_from_metadata(config, dataset_meta)
         self.reset()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any):
+        """Load a checkpoint as LeRobot does; where its backbones once came from is not asked."""
+        return super().from_pretrained(*args, pretrained_backbones=False, **kwargs)
 
     def reset(self) -> None:
         """Forget the queued actions; call it whenever an episode starts."""

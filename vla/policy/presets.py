@@ -18,6 +18,7 @@ from vla.errors import UserError, nearest
 NANO = MappingProxyType(
     {
         "tokenizer": "nano",
+        "prompt": "{instruction}",
         "image_size": 128,
         "stem_strides": [16],
         "stem_width": 48,

@@ -7,7 +7,7 @@ After: un-normalise, CPU. Training and evaluation run these same steps.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,12 +23,14 @@ from lerobot.processor import (
     make_policy_processor_pipelines,
 )
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+from tokenizers import Tokenizer
+from torch import Tensor
 
 from vla.contract import IMAGE_PREFIX
 from vla.errors import UserError
 from vla.policy.configuration_cogmerge import CogMergeConfig
 from vla.policy.images import resize_area, unit_range
-from vla.policy.instruction import encode
+from vla.policy.instruction import TOKENIZERS, encode, load_tokenizer
 
 Features = dict[PipelineFeatureType, dict[str, PolicyFeature]]
 
@@ -74,9 +76,16 @@ class ResizeImagesStep(ObservationProcessorStep):
 @dataclass
 @ProcessorStepRegistry.register(name="cogmerge_instruction")
 class InstructionStep(ObservationProcessorStep):
-    """Turn the ``task`` strings into ``observation.language.tokens`` and their validity mask."""
+    """Turn the ``task`` strings into ``observation.language.tokens`` and their validity mask.
+
+    `tokenizer` names a shipped tokenizer or a decoder's folder or hub name; `prompt` is what the instruction
+    is put into. A decoder's tokenizer is saved with the step (the bytes of its ``tokenizer.json``, in the
+    step's state file, which LeRobot's own loader brings back too) and never looked up again.
+    """
 
     tokenizer: str = "nano"
+    prompt: str = "{instruction}"
+    _loaded: Tokenizer | None = field(default=None, init=False, repr=False, compare=False)
 
     def __call__(self, transition: EnvTransition) -> EnvTransition:
         """Read the task from the transition; raise `UserError` if there is none."""
@@ -90,12 +99,29 @@ class InstructionStep(ObservationProcessorStep):
             raise UserError(
                 f"The batch has no instruction: 'task' is {texts!r}, expected one string per sample."
             )
-        tokens, valid = encode(list(texts), self.tokenizer)
+        prompts = [self.prompt.replace("{instruction}", text) for text in texts]
+        tokens, valid = encode(prompts, self._tokenizer())
         return observation | {OBS_LANGUAGE_TOKENS: tokens, OBS_LANGUAGE_ATTENTION_MASK: valid}
 
     def get_config(self) -> dict[str, Any]:
         """Return what the checkpoint records of this step."""
-        return {"tokenizer": self.tokenizer}
+        return {"tokenizer": self.tokenizer, "prompt": self.prompt}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return a decoder's tokenizer as the bytes of its JSON; a shipped one is not saved."""
+        if self.tokenizer in TOKENIZERS:
+            return {}
+        content = bytearray(self._tokenizer().to_str().encode())
+        return {"tokenizer.json": torch.frombuffer(content, dtype=torch.uint8)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
+        self._loaded = Tokenizer.from_str(state["tokenizer.json"].cpu().numpy().tobytes().decode())
+
+    def _tokenizer(self) -> Tokenizer:
+        if self._loaded is None:
+            self._loaded = load_tokenizer(self.tokenizer)
+        return self._loaded
 
     def transform_features(self, features: Features) -> Features:
         """Return the features unchanged: token ids are not a feature of the data."""
@@ -117,7 +143,7 @@ def make_cogmerge_pre_post_processors(
             steps.rename_observations,
             steps.add_batch_dim,
             ResizeImagesStep(size=config.image_size),
-            InstructionStep(tokenizer=config.tokenizer),
+            InstructionStep(tokenizer=config.tokenizer, prompt=config.prompt),
             steps.to_device,
             steps.normalize,
         ],

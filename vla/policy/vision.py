@@ -1,6 +1,8 @@
 """EFA-Routing: vision encoders whose blocks are FiLM-ed by the instruction and whose output is aggregated.
 
-Per camera, P patch tokens enter and A learned aggregation tokens leave (arXiv 2508.21046, section 3.1).
+Per camera, P patch tokens enter and A learned aggregation tokens leave (arXiv 2508.21046, section 3.1). Here
+stand the encoders that are trained from scratch and the tower that mixes encoders of either kind; those that
+come with weights are in `vla.policy.pretrained_encoder`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vla.policy.attention import attend
+from vla.policy.pretrained_encoder import PretrainedEncoder
 from vla.policy.reducers import REDUCERS
 from vla.policy.routing import EncoderGate, Film
 
@@ -92,7 +95,7 @@ class Encoder(nn.Module):
 
     def __init__(self, cameras: int, stride: int, config, condition_dim: int):
         super().__init__()
-        dim = config.vision_dim
+        self.dim = dim = config.vision_dim
         self.grid = config.image_size // stride
         self.cells = config.vision_grid
         self.stem = ConvStem(config.image_size, stride, config.stem_width, dim)
@@ -170,25 +173,25 @@ class PatchEncoder(Encoder):
 
 
 class VisionTower(nn.Module):
-    """All encoders, each with its projector into the decoder's width, mixed by the instruction's gate."""
+    """All encoders, projected into the decoder's width and fused.
 
-    def __init__(self, config, condition_dim: int):
+    ``vision_fusion="gate"`` (CogVLA): one projector per encoder, mixed by weights that the instruction gives,
+    ``sum_e alpha_e W_e x_e``. ``"concat"`` (OpenVLA): one projector of the concatenated features.
+    """
+
+    def __init__(self, config, condition_dim: int, pretrained: bool = False):
         super().__init__()
-        cameras = len(config.camera_keys)
-        encoder = AggregationEncoder if config.vision_reducer == "efa" else PatchEncoder
-        self.encoders = nn.ModuleList(
-            encoder(cameras, stride, config, condition_dim) for stride in config.stem_strides
-        )
-        self.projectors = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(config.vision_dim, config.hidden_size),
-                nn.GELU(),
-                nn.Linear(config.hidden_size, config.hidden_size),
+        self.encoders = nn.ModuleList(build_encoders(config, condition_dim, pretrained))
+        widths, dim = [encoder.dim for encoder in self.encoders], config.hidden_size
+        self.concatenates = config.vision_fusion == "concat"
+        if self.concatenates:
+            self.projectors = nn.ModuleList([concat_projector(sum(widths), dim)])
+        else:
+            self.projectors = nn.ModuleList(
+                nn.Sequential(nn.Linear(width, dim), nn.GELU(), nn.Linear(dim, dim)) for width in widths
             )
-            for _ in config.stem_strides
-        )
-        many = len(config.stem_strides) > 1
-        self.gate = EncoderGate(condition_dim, len(config.stem_strides)) if many else None
+        gated = len(widths) > 1 and not self.concatenates
+        self.gate = EncoderGate(condition_dim, len(widths)) if gated else None
 
     def forward(self, images: Tensor, condition: Tensor, trace: dict | None = None) -> Tensor:
         """Return the vision tokens (B, I * A, hidden_size), camera by camera.
@@ -196,8 +199,30 @@ class VisionTower(nn.Module):
         `images` (B, I, 3, S, S) in [0, 1]. When `trace` is a dict it receives ``patch_weights``
         (B, I, A, g, g): how much of each patch went into each aggregation token of the first encoder.
         """
-        streams = [
-            project(encode(images, condition, trace if i == 0 else None))
-            for i, (encode, project) in enumerate(zip(self.encoders, self.projectors, strict=True))
+        features = [
+            encode(images, condition, trace if i == 0 else None) for i, encode in enumerate(self.encoders)
         ]
+        if self.concatenates:
+            return self.projectors[0](torch.cat(features, dim=-1))
+        streams = [project(x) for project, x in zip(self.projectors, features, strict=True)]
         return streams[0] if self.gate is None else self.gate(streams, condition)
+
+
+def build_encoders(config, condition_dim: int, pretrained: bool) -> list[nn.Module]:
+    """The vision encoders of `config`; `pretrained` takes weights from where ``vision_backbones`` says."""
+    if config.vision_configs:
+        sources = config.vision_backbones if pretrained else [None] * len(config.vision_configs)
+        return [
+            PretrainedEncoder(settings, config, condition_dim, source)
+            for settings, source in zip(config.vision_configs, sources, strict=True)
+        ]
+    encoder = AggregationEncoder if config.vision_reducer == "efa" else PatchEncoder
+    cameras = len(config.camera_keys)
+    return [encoder(cameras, stride, config, condition_dim) for stride in config.stem_strides]
+
+
+def concat_projector(width: int, dim: int) -> nn.Sequential:
+    """OpenVLA's projector of concatenated features: three layers, four times wider inside."""
+    return nn.Sequential(
+        nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, dim), nn.GELU(), nn.Linear(dim, dim)
+    )
