@@ -19,13 +19,23 @@ from vla.policy.pruners.pruner import Budget, LayerInput, Rotary
 class RoutedDecoder(nn.Module):
     """The decoder stack with its routers; `counts` holds the kept vision tokens per layer.
 
-    `pruner` names what ranks the tokens (`PRUNERS`), `mask` what attends to what (`MASKS`).
+    `pruner` names what ranks the tokens (`PRUNERS`), `mask` what attends to what (`MASKS`), `gate` what a
+    router's weight scales (`GATES`). `compact` renumbers positions from 0 in every routed layer, as the
+    released code does, so that a token's distance to the action slots changes with what else was kept.
     """
 
-    def __init__(self, backbone: PreTrainedModel, budget: Budget, pruner: str = "lfp", mask: str = "coupled"):
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        budget: Budget,
+        pruner: str = "lfp",
+        mask: str = "coupled",
+        gate: str = "vision",
+        compact: bool = False,
+    ):
         super().__init__()
         self.backbone = backbone
-        self.mask = mask
+        self.mask, self.gate, self.compact = mask, gate, compact
         self.routers = PRUNERS[pruner](backbone.config.hidden_size, budget)
         self.counts, self.grid, self.vision_tokens = self.routers.counts, budget.grid, budget.tokens
 
@@ -43,7 +53,7 @@ class RoutedDecoder(nn.Module):
     ) -> Tensor:
         """Run all layers and the final norm on `x` (B, S, d) laid out as `layout`.
 
-        `text_valid` (B, layout.text) is False on padding, which is excluded from attention, from the
+        `text_valid` (B, layout.text, or more of the sequence) is False on padding, which is excluded from attention, from the
         instruction mean and from RoPE positions: a sample's result does not depend on its batch. When
         `trace` is a dict, ``trace["kept"]`` maps each routed layer to its kept indices (B, k_l). When
         `layers` is a list, it receives the states after each layer, the last of them normalised: what
@@ -51,10 +61,10 @@ class RoutedDecoder(nn.Module):
         """
         valid = None
         if text_valid is not None:
-            tail = text_valid.new_ones(len(x), layout.length - layout.text)
+            tail = text_valid.new_ones(len(x), layout.length - text_valid.shape[1])
             valid = torch.cat([text_valid, tail], dim=1)
         mask = layout.mask(self.mask, valid)
-        rotary = self.backbone.rotary_emb(x, self._positions(x, valid))
+        rotary = self.backbone.rotary_emb(x, self.positions(x, valid))
         kept = None
         for index, layer in enumerate(self.backbone.layers):
             if self.counts[index] < layout.vision:
@@ -73,31 +83,38 @@ class RoutedDecoder(nn.Module):
         return x
 
     @staticmethod
-    def _positions(x: Tensor, valid: Tensor | None) -> Tensor:
+    def positions(x: Tensor, valid: Tensor | None) -> Tensor:
+        """Return the RoPE positions of the tokens of `x` (B, S, d), (B or 1, S); padding takes none."""
         if valid is None:
             return torch.arange(x.shape[1], device=x.device)[None]
         return valid.long().cumsum(1) - 1
 
     def _routed(self, layer: nn.Module, given: LayerInput, kept: Tensor, gates: Tensor | None) -> Tensor:
-        """Gather the `kept` vision tokens (B, k), compute with their `gates` (B, k), scatter: (B, S, d)."""
+        """Gather the `kept` vision tokens (B, k), compute with their `gates`, scatter: (B, S, d)."""
         x, layout, mask = given.x, given.layout, given.mask
         text, vision, rest = x.split([layout.text, layout.vision, layout.state + layout.action], 1)
         columns = _columns(kept, layout)
         chosen = vision.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
         gate = torch.ones(columns.shape, dtype=x.dtype, device=x.device)
-        if gates is not None:
+        if gates is not None and gates.shape == columns.shape:
+            gate = gates.to(x.dtype)
+        elif gates is not None:
             gate = gate.slice_scatter(gates.to(x.dtype), 1, layout.text, layout.text + kept.shape[1])
         small = mask.without(
             layout.vision - kept.shape[1], None if mask.valid is None else mask.valid.gather(1, columns)
         )
         y = torch.cat([text, chosen, rest], dim=1)
-        y = self._gated_layer(layer, y, gate[..., None], small, _gather_rotary(given.rotary, columns))
+        if self.compact:
+            rotary = self.backbone.rotary_emb(y, self.positions(y, small.valid))
+        else:
+            rotary = _gather_rotary(given.rotary, columns)
+        y = GATES[self.gate](layer, y, gate[..., None], small, rotary)
         text, chosen, rest = y.split([layout.text, kept.shape[1], rest.shape[1]], 1)
         vision = vision.scatter(1, kept[..., None].expand_as(chosen), chosen)
         return torch.cat([text, vision, rest], dim=1)
 
     @staticmethod
-    def _gated_layer(layer: nn.Module, x: Tensor, gate: Tensor, mask: CoupledMask, rotary: Rotary) -> Tensor:
+    def gated_layer(layer: nn.Module, x: Tensor, gate: Tensor, mask: CoupledMask, rotary: Rotary) -> Tensor:
         """A decoder layer whose tokens enter attention, and leave the MLP, scaled by `gate` (B, S, 1).
 
         The paper's Eq. 15 gates the whole block, its released code the MLP alone. Gating what a token
