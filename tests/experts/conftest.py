@@ -1,12 +1,15 @@
 """A tiny language model and PEFT adapters on it, random but trained-looking."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+sys.path.append(str(Path(__file__).parent))  # for tiny_skills
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -69,3 +72,20 @@ def edit_json():
 @pytest.fixture
 def make_model():
     return tiny_model
+
+
+@pytest.fixture(scope="session")
+def skills(tmp_path_factory):
+    """A tiny base and three experts of it, by the names of their folders."""
+    from tiny_skills import save_tiny_base, save_tiny_expert
+
+    folder = tmp_path_factory.mktemp("skills")
+    base = save_tiny_base(folder / "base")
+    tasks = {
+        "soup": ("pick up the soup and place it in the basket", "pick up the soup"),
+        "drawer": ("open the top drawer of the cabinet",),
+        "stove": ("turn on the stove", "turn off the stove"),
+    }
+    for seed, (name, instructions) in enumerate(tasks.items(), 1):
+        save_tiny_expert(folder / name, base, seed, instructions)
+    return folder

@@ -33,10 +33,10 @@ from vla.experts.lora_expert import (
     CONFIG_FILE,
     TENSORS_FILE,
     LoraExpert,
-    load_json,
     save_card,
 )
 from vla.experts.tensor_stream import TensorFile, file_hash
+from vla.json_file import load_json
 
 BANK_FILE = "bank.json"
 BANK_VERSION = 1

@@ -7,7 +7,7 @@ The folder that it writes::
     delta.safetensors                 α τ_merge of the masked tensors (only with task masks)
     experts/NAME/mask.safetensors     S_m, one bit per weight
     experts/NAME/private.safetensors  what expert NAME keeps for itself, in place of the merged tensors
-    experts/NAME/contract.json        its own normalisation statistics
+    experts/NAME/expert.json          its card; contract.json, if there is one, its normalisation statistics
     recipe.yaml, merge.json           what was merged, hashes of inputs and outputs, mask ratios
 
 `vla.experts.merged.MergedCheckpoint` gives the weights of one task. Memory: one tensor of every expert at
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from vla.atomic import whole_folder, write_text
 from vla.errors import UserError
-from vla.experts.lora_expert import BASE_WEIGHTS_FILE, load_json
+from vla.experts.lora_expert import BASE_WEIGHTS_FILE, save_card
 from vla.experts.low_rank import LowRank
 from vla.experts.memory import return_freed_memory
 from vla.experts.merge_plan import AVERAGE, COPY, PRIVATE, Inputs, Step, make_plan, open_inputs
@@ -41,6 +41,7 @@ from vla.experts.merging.weighted_average import weighted_average
 from vla.experts.recipe import Recipe, load_recipe
 from vla.experts.task_masks import MaskRatios, pack, task_mask, unaligned
 from vla.experts.tensor_stream import Slot, TensorWriter
+from vla.json_file import load_json
 
 MERGE_FILE = "merge.json"
 MERGE_VERSION = 1
@@ -90,6 +91,7 @@ def merge(recipe: Recipe, out: Path) -> dict[str, Any]:
         _copy_base_files(recipe.base, staging, recipe)
         for name, expert in zip(inputs.names, inputs.experts, strict=True):
             (staging / EXPERTS_FOLDER / name).mkdir(parents=True)
+            save_card(staging / EXPERTS_FOLDER / name, expert.card)
             if expert.contract:
                 expert.contract.save(staging / EXPERTS_FOLDER / name)
         stream = _Stream(recipe, inputs, plan, surveys)

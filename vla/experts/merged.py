@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from vla.errors import UserError, nearest
-from vla.experts.lora_expert import BASE_WEIGHTS_FILE, base_hash, load_json
+from vla.experts.lora_expert import BASE_WEIGHTS_FILE, base_hash
 from vla.experts.merge import DELTA_FILE, EXPERTS_FOLDER, MASK_FILE, MERGE_FILE, MERGE_VERSION, PRIVATE_FILE
 from vla.experts.task_masks import masked_weights, unpack
 from vla.experts.tensor_stream import TensorFile
+from vla.json_file import load_json
 
 
 @dataclass(frozen=True)
