@@ -1,5 +1,6 @@
 """Action decoders: what every one promises, and the attention of the cross-attention ones by hand."""
 
+import json
 import math
 from fnmatch import fnmatchcase
 
@@ -18,6 +19,7 @@ from vla.policy.action_decoders.cross_attention import CrossAttention, CrossAtte
 from vla.policy.backbones import build_decoder
 from vla.policy.configuration_cogmerge import CogMergeConfig
 from vla.policy.decoder import RoutedDecoder
+from vla.policy.head import PARTS, head_parts, initialise_head
 from vla.policy.masks import Layout
 from vla.policy.modeling_cogmerge import CogMergePolicy
 from vla.policy.pruners.pruner import Budget
@@ -341,13 +343,15 @@ def test_rows_of_cross_attention_do_not_see_each_other(make_config):
 # -- learning --------------------------------------------------------------------------------------------
 
 
-@every_decoder
+@layered
 def test_overfits_a_tiny_batch(make_config, make_batch, name):
     policy = policy_with(make_config, name)
     batch = make_batch(policy.config, ["open it", "close it", "push the plate", "open it"])
     optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=3e-3)
-    for _ in range(200):
+    for step in range(80):
         loss, _ = policy(batch)
+        if step == 0:
+            assert loss > 0.5
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -363,3 +367,81 @@ def test_nano_grows_by_less_than_a_million_parameters(name):
 
 def test_the_presets_say_how_many_queries():
     assert CogMergeConfig(device="cpu").action_queries == 8
+
+
+# -- where a head starts and what tasks share of it --------------------------------------------------------
+
+
+def head_of(policy):
+    return {n: p for n, p in policy.named_parameters() if n.split(".")[1] in PARTS}
+
+
+@every_decoder
+def test_a_head_follows_from_its_seed_and_nothing_else(make_config, name):
+    """Another global seed, another vision tower, another order: the same head. Another seed: another head."""
+    first = head_of(policy_with(make_config, name, seed=1, head_seed=7))
+    other = policy_with(make_config, name, seed=2, head_seed=7, vision_layers=1, stem_width=8)
+    assert first.keys() == head_of(other).keys()
+    assert all(torch.equal(first[n], p) for n, p in head_of(other).items())
+    again = head_of(policy_with(make_config, name, seed=1, head_seed=8))
+    drawn = [
+        n for n, p in first.items() if p.numel() > 1 and p.std() > 0 and not (p == 1).all()
+    ]  # not constants
+    assert len(drawn) > 4 and not any(torch.equal(first[n], again[n]) for n in drawn)
+
+
+def test_building_a_head_leaves_the_global_generator_alone(make_config):
+    torch.manual_seed(3)
+    model = policy_with(make_config, "cross_attention", head_seed=7).model
+    before = torch.get_rng_state()
+    model.build_head()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_new_policy_records_its_head_seed_and_an_old_checkpoint_claims_none(make_config, tmp_path):
+    policy = policy_with(make_config, "cross_attention", seed=11)
+    assert policy.config.head_seed == 11
+    policy.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert settings.pop("head_seed") == 11
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    old = CogMergePolicy.from_pretrained(tmp_path, config=PreTrainedConfig.from_pretrained(tmp_path))
+    assert old.config.head_seed is None
+
+
+def test_a_trained_policy_can_start_a_new_head(make_config, make_batch):
+    policy = policy_with(make_config, "cross_attention", seed=1)
+    fresh = policy_with(make_config, "cross_attention", seed=5, head_seed=9)
+    body = {n: p.clone() for n, p in policy.named_parameters() if n not in head_of(policy)}
+    with torch.no_grad():
+        for parameter in head_of(policy).values():
+            parameter.add_(1)
+    policy.model.action_decoder.double()
+    initialise_head(policy, 9)
+    assert policy.config.head_seed == 9
+    assert all(p.dtype == torch.float64 for p in policy.model.action_decoder.parameters())
+    expected = head_of(fresh)
+    assert all(torch.equal(p, expected[n].to(p.dtype)) for n, p in head_of(policy).items())
+    assert all(torch.equal(p, policy.get_parameter(n)) for n, p in body.items())
+
+
+@every_decoder
+@pytest.mark.parametrize("keyframe", [True, False])
+def test_shared_and_private_globs_cover_the_head_and_match_what_exists(make_config, name, keyframe):
+    policy = policy_with(make_config, name, keyframe=keyframe)
+    parts, names = head_parts(policy), [n for n, _ in policy.named_parameters()]
+    matched = {g: {n for n in names if fnmatchcase(n, g)} for g in (*parts.shared, *parts.private)}
+    assert all(matched.values())
+    assert set().union(*matched.values()) == set(head_of(policy))
+    private = set().union(*(matched[g] for g in parts.private))
+    assert all(n in private for n in names if "keyframe_head" in n or n.endswith("action_decoder.out.bias"))
+
+
+def test_of_cross_attention_the_trunk_the_queries_and_the_state_are_shared(make_config):
+    policy = policy_with(make_config, "cross_attention")
+    parts = head_parts(policy)
+    private = {n for n in head_of(policy) if any(fnmatchcase(n, g) for g in parts.private)}
+    shared = set(head_of(policy)) - private
+    kinds = {n.split("action_decoder.")[-1].rsplit(".", 1)[0].split(".q_")[0] for n in shared}
+    assert {"queries", "rows", "blocks.0", "blocks.1", "model.state_projector.0"} <= kinds
+    assert not any("blocks.2" in n for n in shared)

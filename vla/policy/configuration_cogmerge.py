@@ -17,7 +17,7 @@ from vla.policy.presets import preset
 # holds them equal to the registries.
 DECODERS = ("llama", "qwen2", "qwen3")
 EXECUTIONS = ("coupled_mask", "coupled_two_call")
-ACTION_DECODERS = ("parallel_l1", "cross_attention")
+ACTION_DECODERS = ("parallel_l1", "cross_attention", "self_attention")
 REDUCERS = ("efa", "none", "average_pool", "fourier", "farthest_point")
 PRUNERS = ("lfp", "none", "pyramid_drop", "feather", "random")
 FUSIONS = ("gate", "concat")
@@ -57,7 +57,8 @@ class CogMergeConfig(PreTrainedConfig):
     `MASKS`; `attention` names how the mask is executed.
 
     `action_decoder` names a member of `ACTION_DECODERS`; `action_queries` tokens stand in the language model
-    for those that read all its layers.
+    for those that read all its layers. `head_seed` is what the head's initial values follow from
+    (`vla.policy.head`); a new policy takes torch's own seed, None is a checkpoint that does not say.
 
     `keyframe` adds one slot, or row of the action decoder, that predicts where the gripper acts next; its
     loss counts with `keyframe_weight` and only when the batch brings the target. `action_space` is written
@@ -101,6 +102,7 @@ class CogMergeConfig(PreTrainedConfig):
     n_action_steps: int | None = None
     action_decoder: str | None = None
     action_queries: int | None = None
+    head_seed: int | None = None
     keyframe: bool | None = None
     keyframe_weight: float = 0.3
     action_space: str | None = None

@@ -12,6 +12,7 @@ from vla.policy.action_decoders import ACTION_DECODERS
 from vla.policy.action_decoders.action_decoder import Readout
 from vla.policy.backbones import decoder_backbone
 from vla.policy.decoder import RoutedDecoder
+from vla.policy.head import seeded
 from vla.policy.masks import Layout
 from vla.policy.pruners.pruner import Budget
 from vla.policy.routing import keep_counts, masked_mean
@@ -59,17 +60,26 @@ class CogMergeModel(nn.Module):
             pruner=config.token_pruner,
             mask=config.attention_mask,
         )
-        self.state_projector = (
-            nn.Sequential(nn.Linear(config.state_dim, dim), nn.GELU(), nn.Linear(dim, dim))
-            if config.state_dim
-            else None
-        )
-        self.action_decoder = ACTION_DECODERS[config.action_decoder](config)
-        slots = config.chunk_size + bool(config.keyframe)
+        self.build_head()
+
+    def build_head(self) -> None:
+        """Build anew what has no pretrained origin, from ``config.head_seed`` (see `vla.policy.head`)."""
+        config, dim, seed = self.config, self.config.hidden_size, self.config.head_seed
+        with seeded(seed, "state_projector"):
+            self.state_projector = (
+                nn.Sequential(nn.Linear(config.state_dim, dim), nn.GELU(), nn.Linear(dim, dim))
+                if config.state_dim
+                else None
+            )
+        with seeded(seed, "action_decoder"):
+            self.action_decoder = ACTION_DECODERS[config.action_decoder](config)
         # As large as a normalised token: RMSNorm would hide a smaller scale from the layers but not from
         # the residual stream.
-        self.slots = None if self.reads_layers else nn.Parameter(torch.randn(slots, dim) * 0.5)
-        self.keyframe_head = nn.Linear(dim, 3) if config.keyframe else None
+        slots = config.chunk_size + bool(config.keyframe)
+        with seeded(seed, "slots"):
+            self.slots = None if self.reads_layers else nn.Parameter(torch.randn(slots, dim) * 0.5)
+        with seeded(seed, "keyframe_head"):
+            self.keyframe_head = nn.Linear(dim, 3) if config.keyframe else None
 
     @property
     def reads_layers(self) -> bool:

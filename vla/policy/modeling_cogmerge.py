@@ -44,6 +44,8 @@ class CogMergePolicy(PreTrainedPolicy):
     ):
         super().__init__(config)
         config.validate_features()
+        if pretrained_backbones and config.head_seed is None:
+            config.head_seed = torch.initial_seed()
         self.model = CogMergeModel(config, pretrained_backbones)
         self.contract: PolicyContract | None = None
         if dataset_meta is not None:

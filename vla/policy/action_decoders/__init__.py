@@ -3,8 +3,10 @@
 from vla.policy.action_decoders.action_decoder import ActionDecoder
 from vla.policy.action_decoders.cross_attention import CrossAttention
 from vla.policy.action_decoders.parallel_l1 import ParallelL1
+from vla.policy.action_decoders.self_attention import SelfAttention
 
 ACTION_DECODERS: dict[str, type[ActionDecoder]] = {
     "parallel_l1": ParallelL1,
     "cross_attention": CrossAttention,
+    "self_attention": SelfAttention,
 }
