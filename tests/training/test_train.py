@@ -19,8 +19,8 @@ from vla import cli
 from vla.contract import JOINT_POSITION, OSC_POSE_DELTA
 from vla.errors import UserError
 from vla.policy.checkpoint import load_checkpoint
-from vla.training import checkpoints, trainer
-from vla.training.ema import average_model
+from vla.training import checkpoints, run_state
+from vla.training.ema import WeightAverage
 from vla.training.loop import train
 from vla.training.metrics import read_metrics
 from vla.training.trainer import Trainer
@@ -98,14 +98,16 @@ def test_saved_weights_are_the_average_of_the_raw_ones(finished):
 
 def test_average_follows_its_recurrence():
     model = torch.nn.Linear(1, 1, bias=False)
-    averaged = average_model(model, decay=0.25)
+    average = WeightAverage(model, decay=0.25)
     expected = None
     for n, value in enumerate((1.0, 5.0, -3.0, 2.0)):
         torch.nn.init.constant_(model.weight, value)
-        averaged.update_parameters(model)
+        average.update()
         decay = min(0.25, (1 + n) / (10 + n))
         expected = value if expected is None else decay * expected + (1 - decay) * value
-        assert averaged.module.weight.item() == pytest.approx(expected)
+        with average.applied():
+            assert model.weight.item() == pytest.approx(expected)
+        assert model.weight.item() == value
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -130,16 +132,16 @@ def test_kill_9_while_writing_a_checkpoint_leaves_the_one_before(finished, small
         from pathlib import Path
         import torch
         torch.set_num_threads(1)
-        from vla.training import trainer
+        from vla.training import run_state
         from vla.training.config import _from_json
         from vla.training.loop import train
-        write, calls = trainer.save_training_state, []
+        write, calls = run_state.save_training_state, []
         def write_or_die(*arguments, **options):
             calls.append(1)
             if len(calls) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             write(*arguments, **options)
-        trainer.save_training_state = write_or_die
+        run_state.save_training_state = write_or_die
         train(_from_json(json.loads(sys.argv[1])))
     """
     arguments = [sys.executable, "-c", textwrap.dedent(script), json.dumps(config.to_json())]
@@ -157,7 +159,7 @@ def test_kill_9_while_writing_a_checkpoint_leaves_the_one_before(finished, small
     "full", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("... (os error 28)")]
 )
 def test_full_disk_keeps_the_last_checkpoint_and_says_so(finished, small_run, monkeypatch, capsys, full):
-    config, write = small_run(), trainer.save_training_state
+    config, write = small_run(), run_state.save_training_state
 
     def fail_at_four(folder, step, *arguments, **options):
         write(folder, step, *arguments, **options)
@@ -165,7 +167,7 @@ def test_full_disk_keeps_the_last_checkpoint_and_says_so(finished, small_run, mo
             raise full
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_training_state", fail_at_four)
+        patch.setattr(run_state, "save_training_state", fail_at_four)
         with pytest.raises(OSError, match="No space") as raised:
             train(config)
     assert raised.value.errno == errno.ENOSPC

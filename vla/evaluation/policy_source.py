@@ -6,6 +6,7 @@ A checkpoint is one source; a policy server or a bank of experts is another.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from vla.contract import PolicyContract
+from vla.contract import CONTRACT_FILE, PolicyContract
 from vla.errors import UserError
 from vla.policy.routing_report import RoutingReport
 
@@ -106,6 +107,69 @@ class CheckpointSource:
                 f"The checkpoint {self.path} changed during the evaluation; start again with --overwrite."
             )
         return CheckpointPolicy(load_checkpoint(self.path))
+
+
+@dataclass(frozen=True)
+class ExpertSource:
+    """A lone expert on its base, both held to the content they had when the evaluation was planned."""
+
+    path: Path
+    base: Path
+    label: str
+    hash: str
+
+    @classmethod
+    def open(cls, path: Path) -> ExpertSource:
+        """Find the base of the expert in the folder `path` and hash both; raise `UserError` if it is gone."""
+        from vla.experts.expert_policy import find_base
+
+        folder, base = path.resolve(), find_base(path)
+        return cls(folder, base, str(path), _expert_hash(folder, base))
+
+    @property
+    def contract(self) -> PolicyContract:
+        """The expert's contract, with its own statistics."""
+        return PolicyContract.load(self.path)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The expert's manifest."""
+        return json.loads((self.path / "manifest.json").read_text())
+
+    def load(self) -> CheckpointPolicy:
+        """Load base and expert; raise `UserError` if one changed since the evaluation began."""
+        import torch
+
+        from vla.experts.expert_policy import load_expert_policy
+
+        torch.set_num_threads(1)
+        if _expert_hash(self.path, self.base) != self.hash:
+            raise UserError(
+                f"The expert {self.path} or its base changed during the evaluation; start again with"
+                " --overwrite."
+            )
+        return CheckpointPolicy(load_expert_policy(self.base, self.path))
+
+
+def open_source(path: Path) -> PolicySource:
+    """Open whatever is in the folder `path`: an expert (a training run of one too) or a checkpoint."""
+    from vla.experts.expert_policy import find_expert
+
+    expert = find_expert(path)
+    return CheckpointSource.open(path) if expert is None else ExpertSource.open(expert)
+
+
+def _expert_hash(expert: Path, base: Path) -> str:
+    """SHA-256 over the expert's tensors, settings and contract and the hash of its base."""
+    from vla.experts.lora_expert import CONFIG_FILE, TENSORS_FILE
+    from vla.policy.checkpoint import checkpoint_hash
+
+    digest = hashlib.sha256(checkpoint_hash(base).encode())
+    for name in (TENSORS_FILE, CONFIG_FILE, CONTRACT_FILE):
+        if not (expert / name).is_file():
+            raise UserError(f"The expert {expert} lacks {name}; copy it again.")
+        digest.update((expert / name).read_bytes())
+    return digest.hexdigest()
 
 
 class CheckpointPolicy:

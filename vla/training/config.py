@@ -11,13 +11,14 @@ from typing import Any, Literal
 from vla.atomic import write_text
 from vla.errors import UserError
 from vla.training.augmentation import AugmentationConfig
+from vla.training.lora import LoraSettings
 
 RECORD_FILE = "train.json"
 #: Fields that may differ between a run and its continuation: they do not change what is learned until
 #: the step at which the run stopped.
 _FREE_ON_RESUME = frozenset(
     {"resume", "overwrite", "steps", "max_minutes", "checkpoint_every", "log_every", "eval_every"}
-    | {"num_threads", "logger", "cache_dir", "frame_cache", "out"}
+    | {"num_threads", "logger", "cache_dir", "frame_cache", "out", "gradient_checkpointing"}
 )
 
 
@@ -41,6 +42,15 @@ class TrainConfig:
     """Fields of the policy's configuration that differ from the preset: chunk_size=16 hidden_size=192."""
     init_from: Path | None = None
     """Checkpoint whose weights, sizes and normalisation to start from; its contract must fit the dataset."""
+    expert: str | None = None
+    """Train an expert of this name: LoRA factors on the frozen --base, saved in PEFT's format without it."""
+    base: Path | None = None
+    """Checkpoint that the expert is trained on."""
+    statistics: Literal["base", "own"] = "base"
+    """Normalisation of an expert: the base's, so that it starts as the base and experts share one scale; or
+    its own dataset's, for states and actions far from what the base was trained on."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """Low-rank factors instead of all weights; --lora.rank alone adapts --init-from and saves it folded."""
     resume: bool = False
     """Continue the run in --out from its last checkpoint, sample for sample."""
     overwrite: bool = False
@@ -78,6 +88,8 @@ class TrainConfig:
     """Steps between held-out losses."""
     num_threads: int | None = None
     """Threads of torch; by default torch's own choice."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
     device: str | None = None
     """cpu or cuda; by default a GPU where there is one."""
     cache_dir: Path | None = None
@@ -108,6 +120,22 @@ class TrainConfig:
             )
         if any(weight <= 0 for weight in self.dataset_weights):
             raise UserError("Every entry of --dataset-weights must be positive; leave a dataset out instead.")
+        self._check_adapter()
+
+    def _check_adapter(self) -> None:
+        if (self.expert is None) != (self.base is None):
+            raise UserError("An expert needs both --expert NAME and --base CHECKPOINT.")
+        if self.expert is not None and (self.init_from is not None or self.policy):
+            raise UserError("An expert has its base's weights and sizes; leave out --init-from and --policy.")
+        if self.expert is None and self.statistics == "own":
+            raise UserError("--statistics own is for experts; give --expert NAME and --base CHECKPOINT too.")
+        if self.expert is None and self.lora.rank is None and self.lora != LoraSettings():
+            raise UserError("The --lora options need --lora.rank (or --expert NAME).")
+
+    @property
+    def uses_lora(self) -> bool:
+        """Whether low-rank factors are trained instead of all weights."""
+        return self.expert is not None or self.lora.rank is not None
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as JSON-ready data."""
@@ -115,22 +143,23 @@ class TrainConfig:
 
     def recipe(self) -> dict[str, Any]:
         """Return what a checkpoint records of it: everything but the places on this machine."""
-        places = ("out", "dataset", "init_from", "cache_dir", "resume", "overwrite")
+        places = ("out", "dataset", "init_from", "base", "cache_dir", "resume", "overwrite")
         return {name: value for name, value in self.to_json().items() if name not in places}
 
 
-def open_run(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None]:
+def open_run(config: TrainConfig, processes: int = 1) -> tuple[TrainConfig, dict[str, Any] | None]:
     """Look at the folder of the run and settle what is trained; nothing is written or deleted yet.
 
     Returns the configuration to use and, with ``resume``, the record of the run. A field left at its
-    default continues as recorded. Raises `UserError` when the folder holds something else, or when
-    options contradict the run that is resumed.
+    default continues as recorded; `processes` share the samples of a step, however many they were before.
+    Raises `UserError` when the folder holds something else, or when options contradict the run that is
+    resumed.
     """
     if config.resume and config.overwrite:
         raise UserError("--resume continues the run in --out and --overwrite deletes it; choose one.")
     if config.resume:
         record = _read_record(config.out)
-        return _continue(config, record), record
+        return _continue(config, record, processes), record
     if not config.dataset:
         raise UserError("Nothing to train on: give a dataset with --dataset DIR (`vla collect` makes one).")
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
@@ -161,8 +190,15 @@ def _read_record(out: Path) -> dict[str, Any]:
         ) from None
 
 
-def _continue(config: TrainConfig, record: dict[str, Any]) -> TrainConfig:
+def _continue(config: TrainConfig, record: dict[str, Any], processes: int) -> TrainConfig:
     recorded = _from_json(record["config"])
+    size, rest = divmod(record["samples_per_step"], processes)
+    if rest:
+        raise UserError(
+            f"The run in {config.out} takes {record['samples_per_step']} samples per step, which {processes}"
+            " processes cannot share evenly; resume it with a number of processes that divides them."
+        )
+    recorded = replace(recorded, batch_size=size)
     merged = {}
     for entry in fields(TrainConfig):
         default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
@@ -181,10 +217,12 @@ def _continue(config: TrainConfig, record: dict[str, Any]) -> TrainConfig:
 
 def _from_json(content: dict[str, Any]) -> TrainConfig:
     content = dict(content)
-    for name in ("out", "init_from", "cache_dir"):
+    for name in ("out", "init_from", "base", "cache_dir"):
         content[name] = content[name] and Path(content[name])
     content["dataset"] = tuple(map(Path, content["dataset"]))
     for name in ("dataset_weights", "policy"):
         content[name] = tuple(content[name])
     content["augmentation"] = AugmentationConfig(**content["augmentation"])
+    lora = content["lora"]
+    content["lora"] = LoraSettings(**lora | {name: tuple(lora[name]) for name in ("targets", "full")})
     return TrainConfig(**content)

@@ -45,7 +45,7 @@ def train(config: TrainConfig) -> None:
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     accelerator = _accelerator(config)
-    config, record = _on_main_first(accelerator, lambda: open_run(config))
+    config, record = _on_main_first(accelerator, lambda: open_run(config, accelerator.num_processes))
     trainer, metrics = _set_up(config, record, accelerator)
     with Interruption() as interruption:
         try:
@@ -96,7 +96,8 @@ def _set_up(config: TrainConfig, record: dict | None, accelerator: Accelerator) 
         start.policy.config.action_delta_indices,
     )
     trainer = Trainer(config, datasets, source, start, accelerator)
-    record = _on_main_first(accelerator, lambda: _keep_record(trainer, record))
+    precision, seconds = _choose_precision(trainer) if record is None else (None, None)
+    record = _on_main_first(accelerator, lambda: _keep_record(trainer, record, precision, seconds))
     trainer.precision = record["precision"]
     if checkpoint is not None:
         trainer.restore(checkpoint)
@@ -129,14 +130,16 @@ def _frames(
     return [open_frame_cache(dataset, size, folder=folder, quiet=True) for dataset in datasets]
 
 
-def _keep_record(trainer: Trainer, record: dict[str, Any] | None) -> dict[str, Any]:
-    """Decide what is decided once per run, and write it to ``train.json`` with the configuration."""
+def _keep_record(
+    trainer: Trainer, record: dict[str, Any] | None, precision: str | None, seconds: dict[str, float] | None
+) -> dict[str, Any]:
+    """Write what is decided once per run to ``train.json``, with the configuration."""
     if record is None:
-        precision, seconds = _choose_precision(trainer)
         record = {
             "precision": precision,
             "precision_seconds": seconds,
             "dataset_hash": [dataset.hash for dataset in trainer.datasets],
+            "samples_per_step": trainer.samples_per_step,
             "run_id": uuid.uuid4().hex,
         }
     write_record(trainer.config, record)
@@ -144,10 +147,11 @@ def _keep_record(trainer: Trainer, record: dict[str, Any] | None) -> dict[str, A
 
 
 def _choose_precision(trainer: Trainer) -> tuple[str, dict[str, float] | None]:
+    """Every process takes part, as in a training step; what the main one measures decides."""
     if trainer.config.precision != "auto":
         return trainer.config.precision, None
     batch = trainer.preprocess(trainer.batch(0))
-    seconds = time_precisions(lambda: trainer.policy(batch)[0], trainer.policy, trainer.accelerator.device)
+    seconds = time_precisions(lambda: trainer.model(batch)[0], trainer.model, trainer.accelerator.device)
     return min(seconds, key=seconds.get), seconds
 
 
@@ -161,10 +165,12 @@ def _require_same_data(record: dict[str, Any], datasets: list[Demonstrations]) -
 
 
 def _introduce(trainer: Trainer) -> None:
-    parameters = sum(parameter.numel() for parameter in trainer.policy.parameters())
+    trained = sum(p.numel() for p in trainer.policy.parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in trainer.policy.parameters())
+    part = f" ({trained / 1e6:.2f} M of them trained)" if trained < parameters else ""
     tasks = len({text for dataset in trainer.datasets for text in dataset.instructions})
     _console.print(
-        f"{parameters / 1e6:.2f} M parameters, {len(trainer.source)} frames of {tasks} tasks, "
+        f"{parameters / 1e6:.2f} M parameters{part}, {len(trainer.source)} frames of {tasks} tasks, "
         f"{trainer.samples_per_step} samples per step, {trainer.precision}, "
         f"{torch.get_num_threads()} threads, from step {trainer.step}",
         highlight=False,

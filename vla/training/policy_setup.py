@@ -1,51 +1,123 @@
-"""The policy that a run starts from: new at the preset's sizes, or a checkpoint's."""
+"""The policy that a run starts from: new at the preset's sizes, a checkpoint's, or a base with an adapter."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.utils.constants import PRETRAINED_MODEL_DIR
 
 from vla.contract import JOINT_POSITION, OSC_POSE_DELTA, Interface
 from vla.errors import UserError, nearest
-from vla.policy.checkpoint import LoadedPolicy, load_checkpoint
+from vla.experts.expert_policy import with_statistics
+from vla.experts.lora_expert import ExpertCard, LoraExpert, base_hash
+from vla.json_file import load_json
+from vla.policy.checkpoint import LoadedPolicy, checkpoint_hash, load_checkpoint
 from vla.policy.configuration_cogmerge import CogMergeConfig
-from vla.policy.manifest import make_contract
+from vla.policy.manifest import MANIFEST_FILE, make_contract
 from vla.policy.modeling_cogmerge import CogMergePolicy
 from vla.policy.processor_cogmerge import make_cogmerge_pre_post_processors
 from vla.training.config import TrainConfig
 from vla.training.dataset import Demonstrations, joint_statistics
+from vla.training.lora import Adapter, adapt
 
 _ACTION_SPACES = (OSC_POSE_DELTA, JOINT_POSITION)
 
 
+@dataclass
+class Start:
+    """What a run trains and how it is saved.
+
+    `adapter` is there if low-rank factors are trained; `card` too if they are saved as an expert on the base
+    in the folder `base`, whose processors and contract `loaded` has, possibly with other statistics.
+    """
+
+    loaded: LoadedPolicy
+    adapter: Adapter | None = None
+    card: ExpertCard | None = None
+    base: Path | None = None
+
+    @property
+    def policy(self) -> CogMergePolicy:
+        """The policy."""
+        return self.loaded.policy
+
+
 def start_policy(
     config: TrainConfig, datasets: Sequence[Demonstrations], device: str, resume_from: Path | None = None
-) -> LoadedPolicy:
+) -> Start:
     """Return the policy with its processors and contract, on `device`, before the first step of this process.
 
     From a checkpoint (`resume_from`, else ``config.init_from``) weights, sizes and normalisation are kept and
-    its contract must fit the dataset. Raises `UserError` when it does not, or when the dataset does not say
-    what its actions mean.
+    its contract must fit the dataset. Low-rank factors start anew on what the run started from, also on
+    resuming: `Trainer.restore` brings their values. Raises `UserError` when the checkpoint does not fit the
+    dataset or changed since the run began, or when the dataset does not say what its actions mean.
     """
     interface = datasets[0].interface
     _require_action_space(interface, datasets[0])
     if config.init_from is not None and config.policy:
         raise UserError("--policy cannot change the sizes of a checkpoint; leave it out with --init-from.")
+    if config.expert is not None:
+        return _start_expert(config, datasets, device, resume_from)
+    if config.uses_lora:
+        return _start_lora(config, datasets, device, resume_from)
     checkpoint = resume_from or config.init_from
     if checkpoint is not None:
-        loaded = load_checkpoint(checkpoint, device)
-        loaded.contract.require(interface, source=f"the dataset at {datasets[0].root}")
-        return loaded
-    statistics = joint_statistics(datasets)
+        return Start(_load(checkpoint, datasets[0], device))
+    return Start(_new(config, datasets, device))
+
+
+def _start_expert(
+    config: TrainConfig, datasets: Sequence[Demonstrations], device: str, resume_from: Path | None
+) -> Start:
+    loaded = _load(config.base, datasets[0], device)
+    base = loaded.path.resolve()  # `last` is a link that training moves on
+    if config.statistics == "own":
+        loaded = with_statistics(loaded, joint_statistics(datasets))
+    instructions = sorted({dataset.instructions[task] for dataset in datasets for task in set(dataset.task)})
+    card = ExpertCard(config.expert, base_hash(base), instructions=tuple(instructions))
+    if resume_from is not None:
+        LoraExpert.load(resume_from / PRETRAINED_MODEL_DIR).require_base(card.base, base)
+    torch.manual_seed(config.seed)
+    return Start(loaded, adapt(loaded.policy, config.lora), card, base)
+
+
+def _start_lora(
+    config: TrainConfig, datasets: Sequence[Demonstrations], device: str, resume_from: Path | None
+) -> Start:
+    """Factors on a pretrained policy, saved folded into its weights."""
+    if config.init_from is None:
+        raise UserError("--lora.rank adapts a trained policy: name it with --init-from CHECKPOINT.")
+    loaded = _load(config.init_from, datasets[0], device)
+    if resume_from is not None:
+        before = load_json(resume_from / PRETRAINED_MODEL_DIR / MANIFEST_FILE)["init_from_hash"]
+        if checkpoint_hash(config.init_from) != before:
+            raise UserError(
+                f"The checkpoint {config.init_from} has changed since the run in {config.out} began, and its"
+                " factors fit the old one only; put it back, or start a new run."
+            )
+    torch.manual_seed(config.seed)
+    return Start(loaded, adapt(loaded.policy, config.lora))
+
+
+def _load(checkpoint: Path, dataset: Demonstrations, device: str) -> LoadedPolicy:
+    loaded = load_checkpoint(checkpoint, device)
+    loaded.contract.require(dataset.interface, source=f"the dataset at {dataset.root}")
+    return loaded
+
+
+def _new(config: TrainConfig, datasets: Sequence[Demonstrations], device: str) -> LoadedPolicy:
+    interface = datasets[0].interface
     policy_config = new_policy_config(config, interface, device)
     torch.manual_seed(config.seed)
     policy = CogMergePolicy(policy_config).to(device)
+    statistics = joint_statistics(datasets)
     policy.contract = make_contract(policy_config, interface, statistics)
     preprocessor, postprocessor = make_cogmerge_pre_post_processors(policy_config, statistics)
     return LoadedPolicy(policy, preprocessor, postprocessor, policy.contract, {}, config.out)

@@ -9,34 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from lerobot.common.train_utils import (
-    load_training_num_processes,
-    load_training_state,
-    save_training_state,
-)
-from lerobot.utils.constants import PRETRAINED_MODEL_DIR, TRAINING_STATE_DIR
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_file, save_model
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vla.errors import UserError
-from vla.policy.checkpoint import LoadedPolicy, checkpoint_hash, save_checkpoint
-from vla.policy.manifest import describe_build
 from vla.training.batches import KEYFRAME_KEY, BatchSource
 from vla.training.checkpoints import write_checkpoint
 from vla.training.config import TrainConfig
 from vla.training.dataset import Demonstrations
-from vla.training.ema import average_model
+from vla.training.ema import WeightAverage
+from vla.training.full_state import is_sharded
+from vla.training.policy_setup import Start
 from vla.training.precision import FLOAT32, autocast
+from vla.training.run_state import gather_state, restore_state, write_state
 from vla.training.sampler import EpochSampler, held_out_episodes
 
-RAW_WEIGHTS_FILE = "raw_model.safetensors"
 NAN_DUMP_FILE = "nan_batch.safetensors"
 
 Batch = dict[str, Any]
@@ -50,7 +44,7 @@ class Trainer:
         config: TrainConfig,
         datasets: Sequence[Demonstrations],
         source: BatchSource,
-        start: LoadedPolicy,
+        start: Start,
         accelerator: Accelerator,
         precision: str = FLOAT32,
     ):
@@ -62,7 +56,8 @@ class Trainer:
         self.sampler = EpochSampler(train, config.seed, config.dataset_weights or None)
         optimizer, self.scheduler, self.grad_clip = _optimization(config, self.policy)
         self.model, self.optimizer = accelerator.prepare(self.policy, optimizer)
-        self.ema = average_model(self.policy, config.ema_decay) if config.ema_decay else None
+        self.sharded = is_sharded(self.model)
+        self.ema = WeightAverage(self.policy, config.ema_decay) if config.ema_decay else None
 
     @property
     def samples_per_step(self) -> int:
@@ -85,7 +80,8 @@ class Trainer:
         """Run the policy's preprocessor, which knows nothing of the keyframe target."""
         targets = {key: value for key, value in batch.items() if key.startswith(KEYFRAME_KEY)}
         device = self.accelerator.device
-        return self.start.preprocessor(batch) | {key: value.to(device) for key, value in targets.items()}
+        inputs = self.start.loaded.preprocessor(batch)
+        return inputs | {key: value.to(device) for key, value in targets.items()}
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Forward pass of a preprocessed batch: the loss and its parts."""
@@ -112,7 +108,7 @@ class Trainer:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            self.ema.update_parameters(self.policy)
+            self.ema.update()
         self.step += 1
         return {"loss": value, **parts, "grad_norm": norm, "lr": lr}
 
@@ -122,14 +118,19 @@ class Trainer:
 
         Of the averaged weights, the ones that are saved. Every process takes its share of the frames.
         """
-        model = (self.ema.module if self.ema is not None else self.policy).eval()
-        mine = self._held_out[self.accelerator.process_index :: self.accelerator.num_processes]
+        # DDP would synchronise buffers on every call; shards can only be put together by the wrapper.
+        model = (self.model if self.sharded else self.policy).eval()
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        largest_share = -(-len(self._held_out) // processes)
+        batches = -(-largest_share // self.config.batch_size)  # the same number everywhere: shards need it
         total: dict[str, float] = {}
-        for frames in np.array_split(mine, -(-len(mine) // self.config.batch_size)):
-            with autocast(self.precision, self.accelerator.device):
-                loss, parts = model(self.preprocess(self.source.batch(frames)))
-            for name, value in {"loss": loss.item(), **parts}.items():
-                total[name] = total.get(name, 0.0) + value * len(frames)
+        with self.ema.applied() if self.ema is not None else nullcontext():
+            for frames in np.array_split(self._held_out[rank::processes], batches):
+                given = frames if len(frames) else self._held_out[:1]
+                with autocast(self.precision, self.accelerator.device):
+                    loss, parts = model(self.preprocess(self.source.batch(given)))
+                for name, value in {"loss": loss.item(), **parts}.items():
+                    total[name] = total.get(name, 0.0) + value * len(frames)
         return {name: value / len(self._held_out) for name, value in self.sum(total).items()}
 
     def sum(self, values: dict[str, float]) -> dict[str, float]:
@@ -142,68 +143,17 @@ class Trainer:
     def save(self) -> Path | None:
         """Write the checkpoint of the current step (main process only) and return its path."""
         path = None
-        if self.accelerator.is_main_process:
-            path = write_checkpoint(self.config.out, self.step, self.config.steps, self._write)
+        state = gather_state(self)
+        if state is not None:
+            path = write_checkpoint(
+                self.config.out, self.step, self.config.steps, lambda folder: write_state(self, state, folder)
+            )
         self.accelerator.wait_for_everyone()
         return path
 
     def restore(self, checkpoint: Path) -> None:
-        """Continue from `checkpoint`: weights, average, optimizer and schedule.
-
-        The policy given to the constructor already has the saved (averaged) weights.
-        """
-        try:
-            processes = load_training_num_processes(checkpoint)
-            self.step, _, _ = load_training_state(checkpoint, self.optimizer, self.scheduler)
-            if self.ema is not None:
-                self.ema.n_averaged.fill_(self.step)
-                load_model(self.policy, checkpoint / TRAINING_STATE_DIR / RAW_WEIGHTS_FILE)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"The training state in {checkpoint} cannot be read ({' '.join(str(error).split())}); delete "
-                "that checkpoint to resume from the one before, or start a new run with --init-from."
-            ) from None
-        if processes != self.accelerator.num_processes:
-            raise UserError(
-                f"{checkpoint} was written by {processes} processes, not {self.accelerator.num_processes}; "
-                "resume with as many, or start a new run with --init-from."
-            )
-
-    def _write(self, folder: Path) -> None:
-        shipped = self.ema.module if self.ema is not None else self.policy
-        save_checkpoint(
-            folder / PRETRAINED_MODEL_DIR,
-            shipped,
-            self.start.preprocessor,
-            self.start.postprocessor,
-            self.start.contract,
-            self._manifest(),
-        )
-        save_training_state(
-            folder,
-            self.step,
-            self.optimizer,
-            self.scheduler,
-            num_processes=self.accelerator.num_processes,
-            batch_size=self.config.batch_size,
-        )
-        if self.ema is not None:
-            save_model(self.policy, str(folder / TRAINING_STATE_DIR / RAW_WEIGHTS_FILE))
-
-    def _manifest(self) -> dict[str, Any]:
-        config = self.config
-        return describe_build(
-            self.policy,
-            seed=config.seed,
-            step=self.step,
-            dataset=[dataset.root.name for dataset in self.datasets],
-            dataset_hash=[dataset.hash for dataset in self.datasets],
-            samples=self.step * self.samples_per_step,
-            precision=self.precision,
-            init_from=config.init_from.name if config.init_from else None,
-            init_from_hash=checkpoint_hash(config.init_from) if config.init_from else None,
-            recipe=config.recipe(),
-        )
+        """Continue from `checkpoint`: weights, average, optimizer, schedule and step."""
+        restore_state(self, checkpoint)
 
     def _stop_on_nan(self, batch: Batch, value: float) -> None:
         path = self.config.out / NAN_DUMP_FILE

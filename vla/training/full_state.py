@@ -1,0 +1,60 @@
+"""Weights and optimizer state, whole and on the CPU, however they are spread over processes.
+
+Names are those of the policy, so that what four processes with shards wrote one process without reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+_GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_SPREAD = StateDictOptions(full_state_dict=True, strict=False)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process holds only a part of the weights (FSDP)."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def gather_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the state dict; of a sharded model on the main process only, elsewhere it is empty.
+
+    Every process that holds shards must call this.
+    """
+    state = get_model_state_dict(model, options=_GATHER)
+    # Unsharded tensors on the CPU are handed out as they are, and would follow the weights.
+    return {name: value.clone() for name, value in state.items()}
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy whole `weights` into the model, each process taking its shard; others stay as they are.
+
+    Raises `KeyError` for a name that the model does not have and `ValueError` for a shape.
+    """
+    own = {name.removeprefix("module."): value.shape for name, value in model.state_dict().items()}
+    for name, value in weights.items():
+        if own[name] != value.shape:
+            raise ValueError(f"'{name}' has shape {tuple(value.shape)}, not {tuple(own[name])}")
+    set_model_state_dict(model, dict(weights), options=_SPREAD)
+
+
+def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the optimizer's state by parameter name; see `gather_weights` for sharded models."""
+    return get_optimizer_state_dict(model, optimizer, options=_GATHER)
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Set what `gather_optimizer` returned, each process taking its shard."""
+    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
