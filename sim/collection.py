@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import tyro
@@ -30,9 +29,9 @@ from vla.selection import parse_indices
 from vla.sim.collection_workers import AttemptSchedule, WorkerPool, WorkOrder
 from vla.sim.contact_sheet import CONTACT_SHEET, draw_contact_sheet
 from vla.sim.demonstrators.style import Style
-from vla.sim.recording import ATTEMPT_FILE, PROVENANCE_FILE, RECORDED_PACKAGES
-from vla.sim.simulation import sim_interface
+from vla.sim.recording import ATTEMPT_FILE, PROVENANCE_FILE
 from vla.sim.suites import Suite, load_suite
+from vla.sim.worlds import world_of
 
 PLAN_FILE = "plan.json"
 #: Attempts allowed per wanted episode before a task is given up as not demonstrable.
@@ -44,7 +43,7 @@ class CollectConfig:
     """Record scripted demonstrations as a LeRobotDataset."""
 
     suite: str
-    """LIBERO or LIBERO-PRO suite, for example libero_object."""
+    """LIBERO or LIBERO-PRO suite, for example libero_object, or so101_tabletop."""
     out: Path
     """Folder of the new dataset."""
     tasks: str | None = None
@@ -98,7 +97,7 @@ def _plan(config: CollectConfig) -> dict:
         "seed": config.seed,
         "image_size": config.image_size,
         "style": json.loads(json.dumps(asdict(config.style))),
-        "versions": {package: version(package) for package in RECORDED_PACKAGES},
+        "versions": world_of(config.suite).versions(),
     }
 
 
@@ -190,7 +189,7 @@ def _record(
     """Make the attempts that are still missing and return every task's complete schedule."""
     from vla.sim.dataset import video_settings  # LeRobot and torch take seconds to import
 
-    interface = sim_interface(config.image_size)
+    interface = world_of(suite.name).interface(config.image_size)
     video = video_settings(int(interface.control_rate))
     order = WorkOrder(suite.name, config.seed, config.style, config.image_size, video, partial / "attempts")
     schedules = {}
@@ -268,7 +267,8 @@ def _publish(
         shutil.rmtree(dataset)
     assemble(
         list(kept.values()),
-        sim_interface(config.image_size),
+        world_of(suite.name),
+        config.image_size,
         _provenance(config, suite, schedules),
         dataset,
         name=f"cogmerge/{config.out.name}",
@@ -294,6 +294,6 @@ def _provenance(config: CollectConfig, suite: Suite, schedules: Mapping[int, Att
     ]
     return _plan(config) | {
         "generator": f"vla collect {__version__}",
-        "action_space": sim_interface(config.image_size).action_space,
+        "action_space": world_of(suite.name).interface(config.image_size).action_space,
         "tasks": tasks,
     }

@@ -22,7 +22,7 @@ from vla.errors import UserError
 from vla.sim.demonstrators.style import Style
 from vla.sim.episode import Episode, demonstration_seed
 from vla.sim.recording import VideoSettings, record_attempt
-from vla.sim.simulation import LiberoSimulation
+from vla.sim.worlds import world_of
 
 #: A worker reports one of these: an attempt's outcome, a sentence for the user, or an OSError's arguments.
 Report = tuple[str, bool | str | tuple]
@@ -191,7 +191,7 @@ def _work(order: WorkOrder, task: int, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     threading.Thread(target=_follow_parent, daemon=True).start()
     try:
-        with LiberoSimulation(order.suite, task, image_size=order.image_size) as sim:
+        with world_of(order.suite).simulate(order.suite, task, image_size=order.image_size) as sim:
             for attempt in iter(lambda: _receive_attempt(connection), None):
                 episode = Episode(order.suite, task, None, _seed(order, task, attempt))
                 folder = order.attempt_folder(task, attempt)

@@ -27,6 +27,7 @@ from safetensors.numpy import load_file
 
 from vla.contract import ACTION_KEY, IMAGE_PREFIX, STATE_KEY, Interface, Vector
 from vla.sim.recording import ATTEMPT_FILE, FRAMES_FILE, PROVENANCE_FILE, SIMULATOR_FILE, VideoSettings
+from vla.sim.worlds import World
 
 SIMULATOR_PATH = "simulator/episode_{:06d}.safetensors"
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
@@ -63,7 +64,7 @@ def dataset_features(interface: Interface) -> dict[str, dict]:
 
 @dataclass(frozen=True)
 class _Demonstration:
-    """One success read back: `state` (T, 8), `action` (T, 7), `histograms` (3, 256) per camera."""
+    """One success read back: `state` (T, S), `action` (T, D), `histograms` (3, 256) per camera."""
 
     folder: Path
     language: str
@@ -88,16 +89,22 @@ class _Demonstration:
 
 
 def assemble(
-    tasks: Sequence[Sequence[Path]], interface: Interface, provenance: Mapping, root: Path, name: str
+    tasks: Sequence[Sequence[Path]],
+    world: World,
+    image_size: int,
+    provenance: Mapping,
+    root: Path,
+    name: str,
 ) -> None:
     """Write the demonstrations to a new LeRobotDataset v3 at `root`.
 
-    `tasks` holds, per task, the folders of its demonstrations in their final order; `provenance` goes
-    to ``meta/cogmerge.json``. The cost is linear in the number of demonstrations.
+    `tasks` holds, per task, the folders of its demonstrations in their final order, recorded in `world` at
+    `image_size`; `provenance` goes to ``meta/cogmerge.json``. The cost is linear in their number.
     """
+    interface = world.interface(image_size)
     fps = int(interface.control_rate)
     features = dataset_features(interface)
-    meta = LeRobotDatasetMetadata.create(name, fps, features, robot_type="libero_panda", root=root)
+    meta = LeRobotDatasetMetadata.create(name, fps, features, robot_type=world.robot, root=root)
     demonstrations = [[_Demonstration.load(folder) for folder in folders] for folders in tasks]
     with _DataWriter(meta) as writer:
         for file_index, task in enumerate(demonstrations):

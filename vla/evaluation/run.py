@@ -23,25 +23,26 @@ from vla.evaluation.rollout import (
     SimulationFactory,
     check_contract,
     image_size,
-    make_libero,
+    make_simulation,
 )
 from vla.evaluation.schedule import EpisodeQueue
 from vla.evaluation.summary import save_summary, summarise
 from vla.evaluation.workers import Backend, LocalWorkers, supervise
 from vla.runtime.chunk_scheduling import default_horizon
 from vla.sim.episode import Episode
+from vla.sim.suites import load_suite
 from vla.training.curves import draw_curves
 from vla.training.metrics import METRICS_FILE
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Measure a checkpoint in LIBERO."""
+    """Measure a checkpoint in LIBERO, or on the emulated SO101's table."""
 
     checkpoint: Path = SHIPPED_CHECKPOINT
     """Folder of the checkpoint: a training run, its checkpoints/last, or a pretrained_model folder."""
     suite: tuple[str, ...] = ("libero_object",)
-    """One or several suites, standard or LIBERO-PRO (libero_object_swap, ...)."""
+    """One or several suites: LIBERO, LIBERO-PRO (libero_object_swap, ...) or so101_tabletop."""
     tasks: str | None = None
     """Task indices per suite, for example 0,3 or 0-4; all by default."""
     init_states: str | None = None
@@ -84,12 +85,14 @@ def evaluate(config: EvalConfig) -> None:
 
 
 def evaluate_source(
-    config: EvalConfig, source: PolicySource, simulate: SimulationFactory = make_libero
+    config: EvalConfig, source: PolicySource, simulate: SimulationFactory = make_simulation
 ) -> dict[str, Any]:
     """Evaluate any policy source (``config.checkpoint`` is not read) and return the summary."""
     _check(config)
     contract = source.contract
-    check_contract(contract)
+    for name in config.suite:
+        load_suite(name)  # an unknown suite is the first thing to say
+    check_contract(contract, config.suite)
     plan = make_plan(
         suites=config.suite,
         tasks=config.tasks,
