@@ -19,7 +19,7 @@ import numpy as np
 from vla.errors import UserError
 
 from .driver import DriverInfo
-from .faults import BusCorrupt, BusTimeout, Disconnected, DriverFault
+from .faults import BusCorrupt, BusTimeout, Disconnected, DriverFault, ServoFault
 from .supervisor import ENERGISED, Cycle, Mode, Ramp, Supervisor
 
 BRAKE = 0.25
@@ -136,7 +136,7 @@ class Leaving:
     def release(self) -> tuple[str, ...]:
         """Switch every joint off on its own; return the names of those that did not confirm."""
         faults = self.supervisor.driver.disable()
-        named = [getattr(fault, "joints", None) or self.info.joint_names for fault in faults]
+        named = [_joints(fault) or self.info.joint_names for fault in faults]
         return tuple(name for name in self.info.joint_names if any(name in joints for joints in named))
 
     def seen_at_rest(self) -> bool:
@@ -161,3 +161,8 @@ class Leaving:
         """Sleep until the next control period, counted from `begin`."""
         period = 1 / self.info.control_rate
         self.sleep(period - (self.clock() - begin) % period)
+
+
+def _joints(fault: DriverFault) -> tuple[str, ...]:
+    """Return which joints the fault is about, as far as it says."""
+    return (fault.joint,) if isinstance(fault, ServoFault) else getattr(fault, "joints", ())

@@ -41,6 +41,9 @@ class Mode(enum.Enum):
 FEWEST_MISSED = 3
 """Samples in a row that must fail before an arm is lost."""
 
+PATIENCE = 5
+"""Attempts at a sample while nothing moves."""
+
 ENERGISED = frozenset({Mode.HOLD, Mode.TRACK, Mode.REST})
 
 
@@ -146,7 +149,7 @@ class Supervisor:
         self._require("open", Mode.OFF)
         try:
             self.driver.open()
-            self._state = self.driver.read()
+            self._state = self._read()
         except UserError:
             self.driver.close()
             raise
@@ -159,14 +162,14 @@ class Supervisor:
         without torque.
         """
         self._require("enable", Mode.OPEN)
-        state = self.driver.read()
+        state = self._read()
         if state.faults:
             raise state.faults[0]
         filtered = self.filter.start(now, state.q)  # refuses before any torque is on
         self.touched = self.holding = True
         try:
             self.driver.enable()
-            self._state = self.driver.read()
+            self._state = self._read()
             faults = self._faults(self._state)
             if faults:
                 raise faults[0]
@@ -245,7 +248,7 @@ class Supervisor:
             self.driver.close()
             self.driver.open()
         self.driver.clear_faults()
-        state = self.driver.read()
+        state = self._read()
         if state.faults:
             raise state.faults[0]
         self._state, self.fault, self._missed, self.mode = state, None, 0, Mode.OPEN
@@ -265,6 +268,15 @@ class Supervisor:
             return Cycle(now, self.mode, None, None, self._state, fresh, {}, self.fault)
         asked = self._asked(now)
         return self._command(now, asked, fresh)
+
+    def _read(self) -> State:
+        """Return a sample of an arm that stands: here one lost reply is not worth a failure."""
+        for _ in range(PATIENCE - 1):
+            try:
+                return self.driver.read()
+            except (BusTimeout, BusCorrupt):
+                continue
+        return self.driver.read()
 
     def _sample(self, now: float) -> bool:
         """Read the arm; latch FAULT or LOST. Returns whether there is a new sample."""

@@ -47,6 +47,7 @@ COMMANDS: dict[str, Command] = {
     "merge": Command(
         "merge LoRA experts into one checkpoint", "vla.experts.merge", "MergeConfig", "run_merge"
     ),
+    "run": Command("let a policy drive an arm, safely", "vla.runtime.robot.run", "RunConfig", "run_robot"),
     "serve": Command(
         "answer observations with actions over a websocket",
         "vla.serving.serve",
@@ -68,6 +69,39 @@ COMMANDS: dict[str, Command] = {
         "vla.sim.demonstrators.table",
         "DemonstratorTableConfig",
         "demonstrator_table",
+    ),
+    "robot scan": Command(
+        "list the servos that answer at the serial ports",
+        "vla.robot_drivers.commands.scan",
+        "ScanConfig",
+        "scan",
+    ),
+    "robot calibrate": Command(
+        "teach an arm its middle and ranges, or copy them from a file or its servos",
+        "vla.robot_drivers.commands.calibrate",
+        "CalibrateConfig",
+        "calibrate",
+    ),
+    "robot check": Command(
+        "examine an arm without moving it",
+        "vla.robot_drivers.commands.check",
+        "CheckConfig",
+        "check",
+    ),
+    "robot rest": Command(
+        "lay an arm down and release it", "vla.robot_drivers.commands.rest", "RestConfig", "rest"
+    ),
+    "robot replay": Command(
+        "drive a recorded run again",
+        "vla.robot_drivers.commands.replay",
+        "ReplayConfig",
+        "replay_record",
+    ),
+    "robot emulate": Command(
+        "an SO101 without hardware, at a serial port",
+        "vla.robot_drivers.commands.emulate",
+        "EmulateConfig",
+        "emulate",
     ),
     "inspect": Command(
         "show what a checkpoint or a preset is made of", "vla.inspection", "InspectConfig", "inspect"

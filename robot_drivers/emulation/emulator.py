@@ -32,6 +32,7 @@ class Emulator:
     `port` is the serial port to open. `lockstep` is the control period (s) by which each goal advances the
     world, None for real time. `servos` describes servos 1, 2, …, each by fields of `EmulatedServo` (for
     example ``{"encoder": 1500, "falls_to": 900}``). `turnaround` (s) is the adapter's delay in real time.
+    `control` is the Unix socket that steers it, and that `request` speaks to.
 
     With `tabletop`, a seed, the servos are those of a calibrated SO101 in MuJoCo at its rest pose, before it
     a cube and a bowl (`tabletop.Tabletop`). `calibration_file` is then LeRobot's file of that arm. `cameras`
@@ -58,7 +59,7 @@ class Emulator:
         self.port = str(self._folder / "port")
         self.camera_address = str(self._folder / "cameras")
         self.calibration_file = self._folder / "so101.json"
-        control = str(self._folder / "control")
+        self.control = str(self._folder / "control")
         config = {
             "servos": [{"id": id} | dict(servo) for id, servo in enumerate(described, 1)],
             "lockstep": lockstep,
@@ -67,13 +68,13 @@ class Emulator:
             "tabletop": None if tabletop is None else {"seed": tabletop},
             "scene": str(self._folder / "scene"),
             "port": self.port,
-            "control": control,
+            "control": self.control,
         }
         self._processes: list[subprocess.Popen] = []
         self._connection = socket.socket(socket.AF_UNIX)
         try:
             self._start("process", json.dumps(config))
-            self._connection.connect(control)
+            self._connection.connect(self.control)
             if tabletop is not None:
                 save_calibration(self.calibration_file, self.calibration)
             if cameras is not None:

@@ -1,9 +1,10 @@
 """The serial bus of an SO101: one owner, one transaction at a time, every one bounded in time.
 
 What keeps an old reply from being taken for a new one, which half-duplex Feetech packets cannot tell apart:
-the input is flushed before every transmit; a reply counts only with the right sender *and* length; and the
-status block is read with a length that changes from cycle to cycle, so that a reply of one of the last three
-cycles has the wrong one.
+the input is flushed before every transmit; a reply counts only with the right sender *and* length; and
+whatever is read is read with a length that changes from one transaction to the next, so that a reply to one
+of the last three has the wrong one. Acknowledgements of writes carry nothing that could tell them apart:
+what must be certain is read back.
 
 Nothing but `DriverFault` leaves this module: a vanished adapter is `Disconnected` whatever the operating
 system calls it, silence is `BusTimeout`, noise `BusCorrupt`, and silence of `dead_after` seconds
@@ -16,12 +17,13 @@ import contextlib
 import select
 import termios
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import serial
 
 from ..faults import BusCorrupt, BusTimeout, Disconnected, DriverFault
+from ..serial_port import why_not_open
 from . import codec
 from . import registers as r
 from .codec import Packet, PacketReader
@@ -30,12 +32,27 @@ BLOCK = range(r.TORQUE_ENABLE.address, r.PRESENT_CURRENT.address + r.PRESENT_CUR
 """Addresses of the status block: torque and goal, so that a servo that rebooted shows, to the current."""
 
 TAGS = 4
-"""Status blocks of this many lengths take turns."""
+"""Replies of this many lengths take turns."""
+
+LONGEST_REGISTER = 2  # bytes
 
 FEWEST_FAILURES = 3
 """Failed cycles in a row before a bus is called dead: one long pause of the caller is not enough."""
 
+TRIES = 5
+"""Attempts at a transaction outside the control loop, where a lost reply is not worth a failure."""
+
 GONE = (OSError, termios.error)  # serial.SerialException is an OSError, termios.error is not
+
+
+def patient(transact: Callable, *arguments):
+    """Repeat a transaction whose reply was lost or damaged."""
+    for _ in range(TRIES - 1):
+        try:
+            return transact(*arguments)
+        except (BusTimeout, BusCorrupt):
+            continue
+    return transact(*arguments)
 
 
 @dataclass(frozen=True)
@@ -114,10 +131,7 @@ class FeetechBus:
                 self.port, self.baudrate, timeout=0, write_timeout=self.reply_timeout + 0.1, exclusive=True
             )
         except (*GONE, ValueError) as error:
-            raise Disconnected(
-                f"The serial port {self.port} cannot be opened ({error}). Is the adapter plugged in, and does"
-                " no other program hold the port?"
-            ) from None
+            raise Disconnected(why_not_open(self.port, error)) from None
         self._failures, self._last_good = 0, time.monotonic()
         try:
             self._echo = self._hears_itself()
@@ -138,8 +152,9 @@ class FeetechBus:
 
     def read(self, joint: str, register: r.Register) -> int:
         """Return the value of one register."""
-        command = codec.read(self.joints[joint], register.address, register.size)
-        return register.unpack(self._single(joint, command, register.size).parameters)
+        length = LONGEST_REGISTER + self._tag()
+        command = codec.read(self.joints[joint], register.address, length)
+        return register.unpack(self._single(joint, command, length).parameters[: register.size])
 
     def write(self, joint: str, register: r.Register, value: int) -> int:
         """Write one register and wait until it is acknowledged; return the joint's `Condition` bits.
@@ -160,8 +175,7 @@ class FeetechBus:
         Raises `BusTimeout` or `BusCorrupt` for a cycle that failed, and `Disconnected` once no cycle has
         succeeded for `dead_after` seconds.
         """
-        self._turn = (self._turn + 1) % TAGS
-        length = len(BLOCK) + self._turn
+        length = len(BLOCK) + self._tag()
         ids = list(self.joints.values())
         try:
             replies = self._exchange(codec.sync_read(ids, BLOCK.start, length), dict.fromkeys(ids, length))
@@ -173,6 +187,11 @@ class FeetechBus:
             raise
         self._failures, self._last_good = 0, time.monotonic()
         return {self._names[id]: ServoStatus.parse(it.parameters, it.code) for id, it in replies.items()}
+
+    def _tag(self) -> int:
+        """Return by how many bytes this read is longer than it need be, 0 to `TAGS` − 1 in turn."""
+        self._turn = (self._turn + 1) % TAGS
+        return self._turn
 
     def _single(self, joint: str, command: Packet, parameters: int) -> Packet:
         return self._exchange(command, {command.id: parameters})[self.joints[joint]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -62,6 +63,16 @@ class JointCalibration:
 
 
 Calibration = dict[str, JointCalibration]
+
+
+def calibration_path(id: str, folder: Path | None = None) -> Path:
+    """Return where the calibration of the arm `id` is: in `folder`, or where LeRobot keeps it."""
+    if folder is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
+        home = Path(os.environ.get("HF_LEROBOT_HOME", Path(os.environ.get("HF_HOME", cache)) / "lerobot"))
+        folder = Path(os.environ.get("HF_LEROBOT_CALIBRATION", home / "calibration"))
+        folder = folder / "robots" / "so_follower"
+    return folder.expanduser() / f"{id}.json"
 
 
 def load_calibration(path: Path) -> Calibration:

@@ -6,6 +6,7 @@ a little above what the safety filter asks for: they bound the arm when the host
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +17,8 @@ import numpy as np
 from ..driver import DriverInfo, Joint, State
 from ..faults import BusCorrupt, BusTimeout, DriverFault, LimitViolation, NotCalibrated, ServoFault
 from . import registers as r
-from .bus import FeetechBus, ServoStatus
+from .bus import FeetechBus, ServoStatus, patient
+from .calibrating import write_calibration
 from .calibration import (
     GRIPPER,
     JOINTS,
@@ -39,9 +41,6 @@ down, gripper nearly closed. There the arm lies on its own stops, and stays with
 TORQUE_LIMIT, GRIPPER_TORQUE_LIMIT = 1000, 500  # 0.1 %
 TORQUE_RAMP = (0.15, 0.4, 0.7, 1.0)
 RAMP_PAUSE = 0.05  # s
-TRIES = 3
-"""Attempts at a transaction outside the control loop, where a lost reply is not worth a failure."""
-
 FASTEST = 6000
 """Steps/s; a joint that seems to move faster has been read wrongly."""
 
@@ -80,11 +79,11 @@ class So101Driver:
         self.bus.open()
         self._last = None
         for name, calibration in self.calibration.items():
-            model = self._patiently(self.bus.read, name, r.MODEL_NUMBER)
+            model = patient(self.bus.read, name, r.MODEL_NUMBER)
             if model != r.MODEL_STS3215:
                 raise NotCalibrated(f"Servo {calibration.id} ('{name}') is model {model}, not an STS3215.")
             for register, expected in calibration.eeprom.items():
-                found = self._patiently(self.bus.read, name, register)
+                found = patient(self.bus.read, name, register)
                 if found != expected:
                     raise NotCalibrated(
                         f"Servo {calibration.id} ('{name}') carries {found} at address {register.address},"
@@ -97,33 +96,24 @@ class So101Driver:
         The bus must be open and every joint without torque, or `NotCalibrated` is raised: a joint that holds
         would leap.
         """
-        held = [name for name, it in self._patiently(self.bus.status).items() if it.torque]
-        if held:
-            raise NotCalibrated(f"{held} have torque: release the arm before its calibration is written.")
-        for name, calibration in self.calibration.items():
-            self._patiently(self.bus.write, name, r.LOCK, 0)
-            for register, value in calibration.eeprom.items():
-                self._patiently(self.bus.write, name, register, value)
-            self._patiently(self.bus.write, name, r.LOCK, 1)
+        write_calibration(self.bus, self.calibration)
 
     def enable(self) -> None:
         """Hold the arm where it is: limits, goal := present, then torque, raised in steps.
 
         A joint that has torque already keeps it.
         """
-        status = self._patiently(self.bus.status)
+        status = patient(self.bus.status)
         limp = [name for name, it in status.items() if not it.torque]
         for name, joint in zip(JOINTS, self.info.joints, strict=True):
             self._write_limits(name, joint, TORQUE_RAMP[0] if name in limp else 1.0)
-            self._patiently(
-                self.bus.write, name, r.GOAL_POSITION, self._reachable(name, status[name].position)
-            )
+            patient(self.bus.write, name, r.GOAL_POSITION, self._reachable(name, status[name].position))
         for name in limp:
-            self._patiently(self.bus.write, name, r.TORQUE_ENABLE, 1)
+            patient(self.bus.write, name, r.TORQUE_ENABLE, 1)
         for share in TORQUE_RAMP[1:] if limp else ():
             time.sleep(RAMP_PAUSE)
             for name in limp:
-                self._patiently(self.bus.write, name, r.TORQUE_LIMIT, round(share * torque_limit(name)))
+                patient(self.bus.write, name, r.TORQUE_LIMIT, round(share * torque_limit(name)))
         self._commanded = None
 
     def read(self) -> State:
@@ -167,44 +157,42 @@ class So101Driver:
         self.bus.write_goals({name: self._reachable(name, it.position) for name, it in status.items()})
 
     def disable(self) -> list[DriverFault]:
-        """Release every joint on its own; return what was not acknowledged. Never raises.
+        """Release every joint on its own; return what is not known to be released. Never raises.
 
-        An error bit in the acknowledgement does not mean that the joint still has torque.
+        An error bit in the acknowledgement does not mean that the joint still has torque, and an old
+        acknowledgement may be taken for the new one: what counts is the torque that is read back.
         """
         failed: list[DriverFault] = []
         for name in JOINTS:
             try:
-                self._patiently(self.bus.write, name, r.TORQUE_ENABLE, 0)
+                self._release(name)
             except DriverFault as fault:
                 failed.append(fault)
         return failed
 
+    def _release(self, name: str) -> None:
+        with contextlib.suppress(BusTimeout, BusCorrupt):
+            patient(self.bus.write, name, r.TORQUE_ENABLE, 0)
+        if patient(self.bus.read, name, r.TORQUE_ENABLE):
+            raise ServoFault(name, ["torque that cannot be switched off"], "Switch the motor supply off.")
+
     def clear_faults(self) -> None:
         """Rewrite the torque of complaining joints, which ends an overload, after goal := present."""
-        for name, it in self._patiently(self.bus.status).items():
+        for name, it in patient(self.bus.status).items():
             if it.conditions:
-                self._patiently(self.bus.write, name, r.GOAL_POSITION, self._reachable(name, it.position))
-                self._patiently(self.bus.write, name, r.TORQUE_ENABLE, it.torque)
+                patient(self.bus.write, name, r.GOAL_POSITION, self._reachable(name, it.position))
+                patient(self.bus.write, name, r.TORQUE_ENABLE, it.torque)
 
     def close(self) -> None:
         """Give the port back; torque stays as it is."""
         self.bus.close()
 
-    def _patiently(self, transact: Callable, *arguments):
-        """Repeat a transaction whose reply was lost or damaged."""
-        for _ in range(TRIES - 1):
-            try:
-                return transact(*arguments)
-            except (BusTimeout, BusCorrupt):
-                continue
-        return transact(*arguments)
-
     def _write_limits(self, name: str, joint: Joint, torque_share: float) -> None:
         steps = 1 / self._scale(name)
         acceleration = min(math.ceil(HEADROOM * joint.acceleration * steps / 100), 254)
-        self._patiently(self.bus.write, name, r.ACCELERATION, acceleration)
-        self._patiently(self.bus.write, name, r.GOAL_VELOCITY, math.ceil(HEADROOM * joint.velocity * steps))
-        self._patiently(self.bus.write, name, r.TORQUE_LIMIT, round(torque_share * torque_limit(name)))
+        patient(self.bus.write, name, r.ACCELERATION, acceleration)
+        patient(self.bus.write, name, r.GOAL_VELOCITY, math.ceil(HEADROOM * joint.velocity * steps))
+        patient(self.bus.write, name, r.TORQUE_LIMIT, round(torque_share * torque_limit(name)))
 
     def _check_plausible(self, now: float, status: Mapping[str, ServoStatus]) -> None:
         """Raise `BusCorrupt` if a joint moved faster than a servo can."""

@@ -157,6 +157,19 @@ def test_a_late_reply_that_has_arrived_is_not_read_as_another_register(line):
     assert bus.read("pan", r.PRESENT_VOLTAGE) == 74
 
 
+def test_a_late_reply_is_not_read_as_another_register_of_the_same_size(line):
+    """The reply to a read that was given up arrives while the next one of the same servo waits."""
+    emulator, bus = line
+    bus.write("pan", r.MAX_POSITION_LIMIT, 3000)
+    bus.reply_timeout = 0.05
+    emulator.inject("delay", seconds=0.5, servo=1)
+    with pytest.raises(BusTimeout):
+        bus.read("pan", r.MAX_POSITION_LIMIT)
+    emulator.inject("delay", seconds=1.0, servo=1)
+    bus.reply_timeout = PATIENT
+    assert bus.read("pan", r.MIN_POSITION_LIMIT) == 0
+
+
 def test_a_dead_cable_is_named_at_once_and_disconnected_within_600_ms(line):
     """Best of five: the bound is the bus's own, a loaded machine may add to it."""
     emulator, bus = line
@@ -243,7 +256,7 @@ def test_an_echoing_adapter_is_understood():
 
 def test_a_second_program_is_kept_off_the_port(line):
     emulator, _ = line
-    with pytest.raises(Disconnected, match="no other program"):
+    with pytest.raises(Disconnected, match=r"holds it\. End that program first"):
         FeetechBus(emulator.port, JOINTS).open()
 
 
