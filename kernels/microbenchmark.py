@@ -1,10 +1,10 @@
 """Time every operation's paths inside a captured CUDA graph; run by ``scripts/gpu_check``.
 
-A case is one operation at the size at which the 7B policy calls it for one observation. Each is timed three
-ways: the torch path as it stands, the torch path through `torch.compile`, and the Triton path, all captured,
-so that launch costs of the host are in none of them. The same inputs are read again and again and stay in
-the L2 cache where they fit: these are qualifications, not proofs. A kernel is switched on by a faster step of
-the whole policy. Nothing of this has run on a GPU yet.
+A case is one operation at the size at which the 7B policy calls it for one observation (the action expert: the
+0.5B policy). Each is timed three ways: the torch path as it stands, the torch path through `torch.compile`,
+and the Triton path, all captured, so that launch costs of the host are in none of them. The same inputs are
+read again and again and stay in the L2 cache where they fit: these are qualifications, not proofs. A kernel is
+switched on by a faster step of the whole policy. Nothing of this has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vla.kernels.action_expert_block import WEIGHTS, action_expert_block
 from vla.kernels.add_film_norm import add_film_norm
 from vla.kernels.coupled_attention import coupled_attention
 from vla.kernels.film_route_select import film_route_select
@@ -44,6 +45,7 @@ def cases(device: str, dtype: torch.dtype = torch.bfloat16, shrink: int = 1) -> 
     def random(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, device=device).to(dtype)
 
+    yield _expert_case(random, 896 // shrink, 14 // min(shrink, 14))
     yield from _norm_cases(random, shrink)
     yield from _routing_cases(random, 4096 // shrink)
     heads, width = 32 // min(shrink, 8), 128 // min(shrink, 8)
@@ -62,6 +64,20 @@ def cases(device: str, dtype: torch.dtype = torch.bfloat16, shrink: int = 1) -> 
     out = torch.empty_like(base)
     yield Case(
         f"masked_delta_apply {shape}", lambda path: (masked_delta_apply(out, base, delta, packed, path=path),)
+    )
+
+
+def _expert_case(random: Callable[..., Tensor], width: int, heads: int) -> Case:
+    """A block of MergeVLA's 0.5B action expert: 8 rows, 64 queries with the state, 512 vision tokens."""
+    streams = [random(1, tokens, width) for tokens in (8, 65, 65, 512, 512)]
+    weights = [
+        random() if name == "gate" else random(width) if "bias" in name or name == "norm"
+        else random(width, width) / width**0.5
+        for name in WEIGHTS
+    ]  # fmt: skip
+    return Case(
+        f"action_expert_block (1, 8, {width}), {heads} heads, 65 + 512 keys",
+        lambda path: (action_expert_block(*streams, *weights, heads=heads, path=path),),
     )
 
 
