@@ -1,10 +1,10 @@
 """Time every operation's paths inside a captured CUDA graph; run by ``scripts/gpu_check``.
 
-A case is one operation at the size at which the 7B policy calls it for one observation (the action expert: the
-0.5B policy). Each is timed three ways: the torch path as it stands, the torch path through `torch.compile`,
-and the Triton path, all captured, so that launch costs of the host are in none of them. The same inputs are
-read again and again and stay in the L2 cache where they fit: these are qualifications, not proofs. A kernel is
-switched on by a faster step of the whole policy. Nothing of this has run on a GPU yet.
+A case is one operation at the size at which the 7B policy calls it for one observation (the action expert:
+the 0.5B policy). Each is timed three ways: the torch path as it stands, the torch path through
+`torch.compile`, and the Triton path, all captured, so that launch costs of the host are in none of them. The
+same inputs are read again and again and stay in the L2 cache where they fit: these are qualifications, not
+proofs. A kernel is switched on by a faster step of the whole policy. Nothing of this has run on a GPU yet.
 """
 
 from __future__ import annotations
