@@ -13,6 +13,7 @@ import tyro
 from lerobot.configs import FeatureType, PolicyFeature
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vla.contract import ACTION_KEY, IMAGE_PREFIX, STATE_KEY, PolicyContract
@@ -86,6 +87,11 @@ def _print_policy(console: Console, policy: CogMergePolicy) -> None:
         style="dim",
     )
 
+    table = _table(console, "Tokens", ("stage", "tokens"))
+    for stage, count in count_tokens(policy).items():
+        table.add_row(stage, f"{count:g}")
+    console.print(table)
+
     decoder = model.decoder
     title = f"Decoder: how many of {decoder.vision_tokens} vision tokens each layer computes on"
     table = _table(console, title, ("layer", "kept"))
@@ -98,13 +104,32 @@ def _print_policy(console: Console, policy: CogMergePolicy) -> None:
     )
 
 
+def count_tokens(policy: CogMergePolicy) -> dict[str, float]:
+    """Return the tokens of one observation by stage, with `TEXT_TOKENS` of text."""
+    config, model = policy.config, policy.model
+    cameras, decoder = len(config.camera_keys), model.decoder
+    head = model.action_decoder
+    slots = config.action_queries if model.reads_layers else head.slot_count
+    others = TEXT_TOKENS + (config.state_dim > 0 and not model.reads_layers) + slots
+    patches = {
+        f"patches in encoder {i}": cameras * encoder.grid**2
+        for i, encoder in enumerate(model.vision.encoders)
+    }
+    return patches | {
+        "vision tokens out of the encoders": decoder.vision_tokens,
+        "action slots or queries": slots,
+        "in the decoder, a dense layer": others + decoder.vision_tokens,
+        "in the decoder, mean of its layers": others + sum(decoder.counts) / len(decoder.counts),
+    }
+
+
 def count_operations(policy: CogMergePolicy) -> dict[str, int]:
     """Return the floating-point operations of one query by direct part of the model, and their ``total``.
 
     A multiplication and an addition count as two. Counted by torch on the meta device: nothing is computed.
     """
     config = policy.config
-    model = copy.deepcopy(policy.model).to("meta").requires_grad_(False)
+    model = _shell(policy.model)
     images = torch.empty(1, len(config.camera_keys), 3, config.image_size, config.image_size, device="meta")
     state = torch.empty(1, config.state_dim, device="meta") if config.state_dim else None
     tokens = torch.empty(1, TEXT_TOKENS, dtype=torch.long, device="meta")
@@ -115,6 +140,18 @@ def count_operations(policy: CogMergePolicy) -> dict[str, int]:
     root = type(model).__name__
     parts = {name: counts.get(f"{root}.{name}", 0) for name, _ in model.named_children()}
     return parts | {"total": counter.get_total_flops()}
+
+
+def _shell(model: nn.Module) -> nn.Module:
+    """A copy of `model` on the meta device that shares its structure and allocates no weights.
+
+    Built by copying, not from the configuration: deepcopy takes the tensors from its memo.
+    """
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()
+    }
+    memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    return copy.deepcopy(model, memo)
 
 
 def latency_floor(parameters: int, flops: int) -> float:

@@ -17,10 +17,11 @@ from vla.policy.presets import preset
 # holds them equal to the registries.
 DECODERS = ("llama", "qwen2", "qwen3")
 EXECUTIONS = ("coupled_mask", "coupled_two_call")
-ACTION_DECODERS = ("parallel_l1", "cross_attention", "self_attention")
+ACTION_DECODERS = ("parallel_l1", "coordinate_l1", "cross_attention", "self_attention")
 REDUCERS = ("efa", "none", "average_pool", "fourier", "farthest_point")
 PRUNERS = ("lfp", "none", "pyramid_drop", "feather", "random")
 FUSIONS = ("gate", "concat")
+GATES = ("vision", "mlp", "block")
 MASKS = ("coupled", "causal", "full", "modality_mutual", "no_vision_to_vision")
 
 _DECODER_SIZES = {
@@ -55,6 +56,10 @@ class CogMergeConfig(PreTrainedConfig):
 
     Routing: `vision_reducer`, `token_pruner` and `attention_mask` name members of `REDUCERS`, `PRUNERS` and
     `MASKS`; `attention` names how the mask is executed.
+
+    `router_gate` names what a router's weight scales (`GATES`, see `vla.policy.gating`). `parity` reproduces
+    the released CogVLA code, for its checkpoints: sequence order, zero slots read one place early, positions
+    renumbered in routed layers, its LFP router and its gate (`mlp`).
 
     `action_decoder` names a member of `ACTION_DECODERS`; `action_queries` tokens stand in the language model
     for those that read all its layers. `head_seed` is what the head's initial values follow from
@@ -97,6 +102,8 @@ class CogMergeConfig(PreTrainedConfig):
     token_pruner: str = "lfp"
     attention_mask: str = "coupled"
     attention: str = "coupled_mask"
+    router_gate: str | None = None
+    parity: bool = False
 
     chunk_size: int | None = None
     n_action_steps: int | None = None
@@ -131,10 +138,13 @@ class CogMergeConfig(PreTrainedConfig):
     def __post_init__(self) -> None:
         self._fill_from_preset()
         self._resolve_backbones()
+        if self.router_gate is None:
+            self.router_gate = "mlp" if self.parity else "vision"
         super().__post_init__()
         self._check_backbones()
         self._check_sizes()
         self._check_names()
+        self._check_parity()
 
     def _fill_from_preset(self) -> None:
         # Another backbone than the preset's comes with its own sizes and its own tokenizer.
@@ -219,6 +229,7 @@ class CogMergeConfig(PreTrainedConfig):
             ("vision_fusion", FUSIONS),
             ("vision_reducer", REDUCERS),
             ("token_pruner", PRUNERS),
+            ("router_gate", GATES),
             ("attention_mask", MASKS),
             ("attention", EXECUTIONS),
             ("action_decoder", ACTION_DECODERS),
@@ -235,6 +246,26 @@ class CogMergeConfig(PreTrainedConfig):
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"policy.dtype must be float32 or bfloat16, not '{self.dtype}'.")
+
+    def _check_parity(self) -> None:
+        if not self.parity:
+            return
+        if self.action_decoder != "coordinate_l1" or self.keyframe:
+            raise UserError(
+                "policy.parity=true is the released code, which has policy.action_decoder=coordinate_l1 and"
+                " policy.keyframe=false; set both."
+            )
+        if self.stop_token is None:
+            raise UserError(
+                "policy.parity=true needs the end-of-text token of a pretrained decoder; name one in"
+                " policy.decoder_backbone."
+            )
+
+    @property
+    def stop_token(self) -> int | None:
+        """The decoder's end-of-text token, None for a decoder built from sizes."""
+        end = (self.decoder_config or {}).get("eos_token_id")
+        return end[0] if isinstance(end, list) else end
 
     @property
     def camera_keys(self) -> list[str]:

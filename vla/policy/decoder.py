@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vla.policy.gating import GATES
 from vla.policy.masks import CoupledMask, Layout
-from vla.policy.pruners import PRUNERS
+from vla.policy.pruners import PARITY_PRUNERS, PRUNERS
 from vla.policy.pruners.pruner import Budget, LayerInput, Rotary
 
 
@@ -20,8 +21,8 @@ class RoutedDecoder(nn.Module):
     """The decoder stack with its routers; `counts` holds the kept vision tokens per layer.
 
     `pruner` names what ranks the tokens (`PRUNERS`), `mask` what attends to what (`MASKS`), `gate` what a
-    router's weight scales (`GATES`). `compact` renumbers positions from 0 in every routed layer, as the
-    released code does, so that a token's distance to the action slots changes with what else was kept.
+    router's weight scales (`GATES`). `parity` takes the released code's router and renumbers positions from
+    0 in every routed layer, as it does: a token's distance to the slots then changes with what else was kept.
     """
 
     def __init__(
@@ -31,12 +32,12 @@ class RoutedDecoder(nn.Module):
         pruner: str = "lfp",
         mask: str = "coupled",
         gate: str = "vision",
-        compact: bool = False,
+        parity: bool = False,
     ):
         super().__init__()
         self.backbone = backbone
-        self.mask, self.gate, self.compact = mask, gate, compact
-        self.routers = PRUNERS[pruner](backbone.config.hidden_size, budget)
+        self.mask, self.gate, self.parity = mask, gate, parity
+        self.routers = (PARITY_PRUNERS if parity else PRUNERS)[pruner](backbone.config.hidden_size, budget)
         self.counts, self.grid, self.vision_tokens = self.routers.counts, budget.grid, budget.tokens
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -53,8 +54,9 @@ class RoutedDecoder(nn.Module):
     ) -> Tensor:
         """Run all layers and the final norm on `x` (B, S, d) laid out as `layout`.
 
-        `text_valid` (B, layout.text, or more of the sequence) is False on padding, which is excluded from attention, from the
-        instruction mean and from RoPE positions: a sample's result does not depend on its batch. When
+        `text_valid` (B, layout.text, or more of the sequence) is False on padding, which is excluded from
+        attention, from the instruction mean and from RoPE positions: a sample's result does not depend on its
+        batch. When
         `trace` is a dict, ``trace["kept"]`` maps each routed layer to its kept indices (B, k_l). When
         `layers` is a list, it receives the states after each layer, the last of them normalised: what
         transformers calls ``hidden_states[1:]``.
@@ -104,28 +106,20 @@ class RoutedDecoder(nn.Module):
             layout.vision - kept.shape[1], None if mask.valid is None else mask.valid.gather(1, columns)
         )
         y = torch.cat([text, chosen, rest], dim=1)
-        if self.compact:
+        if self.parity:
             rotary = self.backbone.rotary_emb(y, self.positions(y, small.valid))
         else:
             rotary = _gather_rotary(given.rotary, columns)
-        y = GATES[self.gate](layer, y, gate[..., None], small, rotary)
+        y = self.gated_layer(layer, y, gate[..., None], small, rotary)
         text, chosen, rest = y.split([layout.text, kept.shape[1], rest.shape[1]], 1)
         vision = vision.scatter(1, kept[..., None].expand_as(chosen), chosen)
         return torch.cat([text, vision, rest], dim=1)
 
-    @staticmethod
-    def gated_layer(layer: nn.Module, x: Tensor, gate: Tensor, mask: CoupledMask, rotary: Rotary) -> Tensor:
-        """A decoder layer whose tokens enter attention, and leave the MLP, scaled by `gate` (B, S, 1).
-
-        The paper's Eq. 15 gates the whole block, its released code the MLP alone. Gating what a token
-        brings into attention as well is what carries a gradient to the last layer's router: nobody reads
-        a vision token's MLP output there. The gate is 1 for text, state and action.
-        """
-        attended, _ = layer.self_attn(
-            hidden_states=layer.input_layernorm(x) * gate, attention_mask=mask, position_embeddings=rotary
-        )
-        x = x + attended
-        return x + gate * layer.mlp(layer.post_attention_layernorm(x))
+    def gated_layer(
+        self, layer: nn.Module, x: Tensor, gate: Tensor, mask: CoupledMask, rotary: Rotary
+    ) -> Tensor:
+        """Run `layer` on `x` (B, S, d), scaled by `gate` (B, S, 1) where `vla.policy.gating` says."""
+        return GATES[self.gate](layer, x, gate, mask, rotary)
 
 
 def _columns(kept: Tensor, layout: Layout) -> Tensor:
@@ -136,10 +130,6 @@ def _columns(kept: Tensor, layout: Layout) -> Tensor:
 
 
 def _gather_rotary(rotary: Rotary, columns: Tensor) -> Rotary:
-    """RoPE tables of the kept tokens, at their original positions (B, S', d_head).
-
-    The released code renumbers positions from 0 in every routed layer, so that a token's distance to the
-    action slots changes with what else was kept; original positions do not.
-    """
+    """RoPE tables of the kept tokens, at their original positions (B, S', d_head)."""
     index = columns[..., None].expand(-1, -1, rotary[0].shape[-1])
     return tuple(table.expand(len(columns), -1, -1).gather(1, index) for table in rotary)

@@ -33,6 +33,11 @@ class Layout:
         """All tokens."""
         return self.prefix + self.action
 
+    def with_vision(self, tokens: Tensor, vision: Tensor) -> Tensor:
+        """`tokens` (B, length, ...) with `vision` (B, k, ...) in place of their vision part."""
+        end = self.text + self.vision
+        return torch.cat([tokens[:, : self.text], vision, tokens[:, end:]], dim=1)
+
     def mask(self, name: str, valid: Tensor | None = None) -> CoupledMask:
         """The mask called `name` in `MASKS` over this sequence; `valid` (B, length) marks real tokens."""
         return MASKS[name](self.length, self.prefix, valid, (self.text, self.text + self.vision))

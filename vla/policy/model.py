@@ -13,9 +13,9 @@ from vla.policy.action_decoders.action_decoder import Readout
 from vla.policy.backbones import decoder_backbone
 from vla.policy.decoder import RoutedDecoder
 from vla.policy.head import seeded
-from vla.policy.masks import Layout
 from vla.policy.pruners.pruner import Budget
 from vla.policy.routing import keep_counts, masked_mean
+from vla.policy.sequence import Sequence, released_order, text_first
 from vla.policy.vision import VisionTower
 
 #: Normalised states beyond this are clamped: an arm that strays outside the demonstrations should look
@@ -43,6 +43,9 @@ class CogMergeModel(nn.Module):
     are constants of the instruction that a runtime may cache. The state follows vision so that it can
     summarise both for the slots. For an action decoder that reads every layer, the sequence is
     ``[text | vision | action queries]`` and the decoder reads the state beside it.
+
+    In parity mode the sequence is that of the released code, with zeros for slots and the STOP token behind
+    them, and STOP counts in the instruction's mean.
     """
 
     def __init__(self, config, pretrained: bool = False):
@@ -59,6 +62,8 @@ class CogMergeModel(nn.Module):
             Budget(counts, grid),
             pruner=config.token_pruner,
             mask=config.attention_mask,
+            gate=config.router_gate,
+            parity=config.parity,
         )
         self.build_head()
 
@@ -75,9 +80,11 @@ class CogMergeModel(nn.Module):
             self.action_decoder = ACTION_DECODERS[config.action_decoder](config)
         # As large as a normalised token: RMSNorm would hide a smaller scale from the layers but not from
         # the residual stream.
-        slots = config.chunk_size + bool(config.keyframe)
+        learned = not (self.reads_layers or config.parity)
         with seeded(seed, "slots"):
-            self.slots = None if self.reads_layers else nn.Parameter(torch.randn(slots, dim) * 0.5)
+            self.slots = (
+                nn.Parameter(torch.randn(self.action_decoder.slot_count, dim) * 0.5) if learned else None
+            )
         with seeded(seed, "keyframe_head"):
             self.keyframe_head = nn.Linear(dim, 3) if config.keyframe else None
 
@@ -101,22 +108,40 @@ class CogMergeModel(nn.Module):
         `trace`, when a dict, collects router statistics (see `VisionTower` and `RoutedDecoder`).
         """
         text = self.decoder.embed(tokens)
-        vision = self.vision(images, masked_mean(text, token_valid), trace)
+        vision = self.vision(images, self.condition(text, token_valid), trace)
         state = None if self.state_projector is None else self._project_state(state)
+        sequence = self._arrange(text, token_valid, vision, state)
+        layers: list[Tensor] | None = [] if self.reads_layers else None
+        x = self.decoder(sequence.x, sequence.layout, sequence.valid, trace, layers)
+        return self._decode(Readout(sequence.layout, x, state, layers))
+
+    def condition(self, text: Tensor, valid: Tensor) -> Tensor:
+        """The instruction for vision's FiLM and gate: mean embedding of the real tokens, (B, d)."""
+        if self.config.parity:
+            text = torch.cat([text, self._stop(text)], dim=1)
+            valid = torch.cat([valid, valid[:, :1]], dim=1)
+        return masked_mean(text, valid)
+
+    def _arrange(self, text: Tensor, valid: Tensor, vision: Tensor, state: Tensor | None) -> Sequence:
+        before = [] if state is None or self.reads_layers else [state]
+        if self.config.parity:
+            zeros = text.new_zeros(len(text), self.action_decoder.slot_count - 1, text.shape[-1])
+            return released_order(text, valid, vision, before, torch.cat([zeros, self._stop(text)], dim=1))
         if self.reads_layers:
             slots = self.action_decoder.queries(text)
         else:
             slots = self.slots.expand(len(text), -1, -1)
-        before = [text, vision] if state is None or self.reads_layers else [text, vision, state]
-        layout = Layout(text.shape[1], vision.shape[1], len(before) - 2, slots.shape[1])
-        x = torch.cat([part.to(text.dtype) for part in (*before, slots)], dim=1)
-        layers: list[Tensor] | None = [] if self.reads_layers else None
-        x = self.decoder(x, layout, token_valid, trace, layers)
-        return self._decode(Readout(layout, x, state, layers))
+        return text_first(text, valid, vision, before, slots)
+
+    def _stop(self, text: Tensor) -> Tensor:
+        """The embedded end-of-text token, (B, 1, d)."""
+        row = self.decoder.backbone.embed_tokens.weight[self.config.stop_token]
+        return row.to(text.dtype).expand(len(text), 1, -1)
 
     def _project_state(self, state: Tensor) -> Tensor:
         """One token (B, 1, d) from the normalised state (B, state_dim)."""
-        return self.state_projector(state.clamp(-STATE_LIMIT, STATE_LIMIT))[:, None]
+        limit = 1.0 if self.config.parity else STATE_LIMIT  # the released normalisation clips
+        return self.state_projector(state.clamp(-limit, limit))[:, None]
 
     def _decode(self, read: Readout) -> Prediction:
         actions, aim = self.action_decoder(read)

@@ -42,7 +42,111 @@ NANO = MappingProxyType(
     }
 )
 
-PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({"nano": NANO})
+DINOV2_LARGE = MappingProxyType(
+    {
+        "model_type": "dinov2_with_registers",
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "mlp_ratio": 4,
+        "image_size": 518,
+        "patch_size": 14,
+        "num_register_tokens": 4,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
+)
+SIGLIP_SO400M = MappingProxyType(
+    {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 224,
+        "patch_size": 14,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+)
+#: OpenVLA pads the 32000 tokens to 32064.
+LLAMA2_7B = MappingProxyType(
+    {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32064,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+)
+QWEN25_05B = MappingProxyType(
+    {
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "tie_word_embeddings": True,
+        "bos_token_id": 151643,
+        "eos_token_id": 151643,
+    }
+)
+#: OpenVLA's prompt; its trailing space is the token 29871 that its checkpoints expect last.
+OPENVLA_PROMPT = "In: What action should the robot take to {instruction}?\nOut: "
+
+#: The paper's token budget: 64 of 256 patches leave an encoder, the decoder keeps 15 % and more of them.
+_DUAL_ENCODERS = {
+    "vision_backbones": ["facebook/dinov2-with-registers-large", "google/siglip-so400m-patch14-224"],
+    "vision_configs": [dict(DINOV2_LARGE), dict(SIGLIP_SO400M)],
+    "image_size": 224,
+    "aggregation_tokens": 64,
+    "keep_floor": 0.15,
+    "keep_dense_above": 0.85,
+    "chunk_size": 8,
+    "n_action_steps": 8,
+    "action_queries": 64,
+    "keyframe": False,
+}
+
+#: CogVLA at its published size, in OpenVLA's layout: about 8 B parameters.
+COGVLA_7B = MappingProxyType(
+    _DUAL_ENCODERS
+    | {
+        "decoder_backbone": "meta-llama/Llama-2-7b-hf",
+        "decoder_config": dict(LLAMA2_7B),
+        "tokenizer": "meta-llama/Llama-2-7b-hf",
+        "prompt": OPENVLA_PROMPT,
+        "action_decoder": "coordinate_l1",
+    }
+)
+
+#: MergeVLA's size: the same encoders, a small decoder, and the action expert that can be merged.
+MERGEVLA_05B = MappingProxyType(
+    _DUAL_ENCODERS
+    | {
+        "decoder_backbone": "Qwen/Qwen2.5-0.5B",
+        "decoder_config": dict(QWEN25_05B),
+        "tokenizer": "Qwen/Qwen2.5-0.5B",
+        "prompt": "What action should the robot take to {instruction}?",
+        "action_decoder": "cross_attention",
+    }
+)
+
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {"nano": NANO, "mergevla-0.5b": MERGEVLA_05B, "cogvla-7b": COGVLA_7B}
+)
 
 
 def preset(name: str) -> Mapping[str, Any]:

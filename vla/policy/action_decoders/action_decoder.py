@@ -61,6 +61,11 @@ class ActionDecoder(nn.Module):
     reads_layers: ClassVar[bool] = False
 
     @property
+    def slot_count(self) -> int:
+        """Learned slots that it wants at the end of the sequence; unused by one that `reads_layers`."""
+        raise NotImplementedError
+
+    @property
     def private_parts(self) -> tuple[str, ...]:
         """Globs on parameter names below this module: what a task keeps for itself when experts merge.
 

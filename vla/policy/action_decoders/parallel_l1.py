@@ -17,11 +17,16 @@ class ParallelL1(ActionDecoder):
     def __init__(self, config):
         super().__init__()
         dim = config.hidden_size
-        self.chunk = config.chunk_size
+        self.chunk, self.aims = config.chunk_size, bool(config.keyframe)
         self.norm_in = nn.LayerNorm(dim)
         self.block = nn.Sequential(nn.Linear(dim, dim), nn.ReLU())
         self.norm_out = nn.LayerNorm(dim)
         self.out = nn.Linear(dim, config.action_dim)
+
+    @property
+    def slot_count(self) -> int:
+        """One slot per step, and one for the keyframe if there is one."""
+        return self.chunk + self.aims
 
     def forward(self, read: Readout) -> tuple[Tensor, Tensor]:
         """One action (D) per slot; see `ActionDecoder.forward`."""

@@ -51,7 +51,9 @@ class Pruner(nn.Module):
     def select(
         self, index: int, layer: nn.Module, given: LayerInput, previous: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the kept vision tokens of layer `index`, ascending (B, k), and their gates (B, k) or None.
+        """Return the kept vision tokens of layer `index`, ascending (B, k), and gates or None.
+
+        Gates are those of the kept tokens, (B, k), or of all that the layer computes on, (B, S - V + k).
 
         `previous` is what the last pruned layer kept, None before the first. Text, state and action tokens
         are no candidates: they are always computed on.
