@@ -135,7 +135,7 @@ class CameraThread:
 
     def _read_on(self) -> None:
         while not self._stop.is_set():
-            image = np.asarray(self._camera.read())
+            image = np.array(self._camera.read())  # its own copy: some cameras fill one buffer for ever
             now = time.monotonic()
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise ValueError(f"a frame is {image.dtype} {image.shape}, not uint8 (H, W, 3)")

@@ -126,6 +126,11 @@ class PolicyContract:
         text = json.dumps(self.statistics, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @property
+    def max_frame_age(self) -> float:
+        """Seconds after which a camera's frame is too old to act on: five control periods, at least 0.2 s."""
+        return max(5 / self.interface.control_rate, 0.2)
+
     def save(self, folder: Path) -> Path:
         """Write ``contract.json`` into `folder` atomically and return its path."""
         return write_text(Path(folder) / CONTRACT_FILE, json.dumps(self.as_dict(), indent=2) + "\n")

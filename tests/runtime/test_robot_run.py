@@ -1,0 +1,366 @@
+"""`vla run` on the emulated arm: real processes, a serial port, cameras that draw, a real (untrained) policy.
+
+After every fault three things are asserted: torque vector, collapsed or not (the arm stands at its rest
+pose), port reusable.
+"""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from arm_bench import HEIGHT, WIDTH, FakeCamera, arm_contract, raised, save_untrained_arm_policy
+from rich.console import Console
+
+from vla.errors import UserError
+from vla.robot_drivers import Arm, ArmConfig, Mode, SupervisorConfig
+from vla.robot_drivers.emulation import Emulator
+from vla.robot_drivers.recorder import read_record
+from vla.robot_drivers.so101.driver import so101_info
+from vla.runtime.robot import run as module
+from vla.runtime.robot.run import RunConfig, run_robot
+
+VLA = Path(sys.executable).with_name("vla")
+PATIENCE = 90.0  # s, for a loaded machine
+OPTIONS = {"reply_timeout": 0.2, "dead_after": 1.0}
+QUICK = SupervisorConfig(rest_speed=0.8, sample_patience=1.0, lost_after=2.0, stale_hold=1.0, stale_rest=10.0)
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    with Emulator(tabletop=0, cameras=(HEIGHT, WIDTH)) as emulator:
+        yield emulator
+
+
+@pytest.fixture(autouse=True)
+def at_home(emulator):
+    """Every test finds a healthy arm at its rest pose, without torque."""
+    emulator.reset()
+
+
+@pytest.fixture(scope="module")
+def info(emulator):
+    return so101_info(emulator.calibration)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(emulator, tmp_path_factory):
+    contract = arm_contract(emulator.calibration, rate=10.0)  # a loaded machine keeps up with that
+    return save_untrained_arm_policy(tmp_path_factory.mktemp("policy"), contract)
+
+
+def config(emulator, policy, **changes) -> RunConfig:
+    address = f"emulated:{emulator.camera_address}"
+    return RunConfig(
+        **{
+            "task": "wave",
+            "port": emulator.port,
+            "calibration_dir": emulator.calibration_file.parent,
+            "checkpoint": policy,
+            "cameras": (f"top={address}", f"wrist={address}"),
+            "driver_options": json.dumps(OPTIONS),
+            "supervisor": QUICK,
+            "max_frame_age": 2.0,
+            "soft_start": 0.5,
+            "device": "cpu",
+        }
+        | changes
+    )
+
+
+def until(done, seconds: float = PATIENCE) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def assert_left_at_rest(emulator, info, limp=None) -> None:
+    """Torque vector, collapsed or not, port reusable. The joint `limp` hangs where gravity takes it."""
+    assert emulator.registers("TORQUE_ENABLE") == [0] * 6
+    settings = ArmConfig(
+        "so101", {"port": emulator.port, "calibration": str(emulator.calibration_file)} | OPTIONS
+    )
+    with Arm(settings) as again:
+        cycle = again.open()
+        assert cycle.mode is Mode.OPEN
+        gap = np.abs(cycle.state.q - np.array(info.rest)) / (info.upper - info.lower)
+        away = {name for name, it in zip(info.joint_names, gap, strict=True) if it > 0.04}
+        assert away <= {limp}, f"the arm is not at rest: {gap}"
+
+
+def is_up(emulator, info) -> bool:
+    """Whether the arm has left its rest pose under the policy's command."""
+    lift = emulator.servos()[2]["registers"]["PRESENT_POSITION"]
+    calibration = emulator.calibration["shoulder_lift"]
+    share = (lift - calibration.range_min) / (calibration.range_max - calibration.range_min)
+    return share > 0.15
+
+
+@contextlib.contextmanager
+def when_up(emulator, info, act):
+    """Do `act` from another thread as soon as the arm is up; fail if it never was."""
+    done, over = threading.Event(), threading.Event()
+
+    def watch():
+        until(lambda: over.is_set() or is_up(emulator, info))
+        if not over.is_set():
+            act()
+            done.set()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+        thread.join(PATIENCE)
+    finally:  # the emulator is steered from one thread at a time
+        over.set()
+        thread.join()
+    assert done.is_set(), "the arm never came up"
+
+
+def test_a_policy_drives_the_arm_and_leaves_it_at_rest(emulator, info, checkpoint, tmp_path, capsys):
+    record = tmp_path / "record"
+    run_robot(config(emulator, checkpoint, seconds=4.0, record=record))
+    said = capsys.readouterr().err
+    assert "The 4 s of this run are over. The arm is at rest and released." in said
+    assert "pre-flight" in said and "fails" not in said
+    assert_left_at_rest(emulator, info)
+    cycles = read_record(record / "arm.jsonl")
+    away = np.abs(cycles.measured - raised(info)) / (info.upper - info.lower)
+    assert np.nanmin(away.max(axis=1)) < 0.1, "it went where the policy is"
+    assert np.nanmax(away[-1]) > 0.2, "and back"
+    summary = json.loads((record / "run.json").read_text())
+    assert summary["end"] == {"reason": "The 4 s of this run are over.", "failed": False}
+    assert summary["policy"]["checkpoint"]["sha256"] and summary["queries"] > 1
+    answers = [json.loads(line) for line in (record / "policy.jsonl").read_text().splitlines()]
+    assert np.array(answers[0]["chunk"]).shape == (16, 6) and len(answers[0]["state"]) == 6
+    with pytest.raises(UserError, match="holds something already"):
+        run_robot(config(emulator, checkpoint, record=record))
+
+
+def test_a_dry_run_shows_what_it_would_send_and_touches_nothing(emulator, info, checkpoint, capsys):
+    emulator.trace()
+    run_robot(config(emulator, checkpoint, dry_run=True, seconds=1.5))
+    written = {it["code"] for it in emulator.trace()} & {3, 0x83}
+    assert written == set(), "neither WRITE nor SYNC_WRITE"
+    said = capsys.readouterr().err
+    assert "shoulder_pan" in said and said.count("°") > 20
+    assert said.rstrip().endswith("Nothing has moved.")
+    assert_left_at_rest(emulator, info)
+
+
+def heat(emulator):
+    emulator.set(4, temperature=85)
+
+
+def unplug(emulator):
+    emulator.request("hangup")
+    time.sleep(1.0)
+    emulator.request("replug")
+
+
+def silence(emulator):
+    emulator.request("line", mute=True)
+    time.sleep(3.5)
+    emulator.request("line", mute=False)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words", "limp"),
+    [
+        # A servo that is too hot lets go on its own: the others carry the arm down.
+        pytest.param(heat, "Joint 'wrist_flex' reports overheating", "wrist_flex", id="overheating"),
+        pytest.param(unplug, "The serial port|adapter", None, id="adapter unplugged"),
+        pytest.param(
+            silence, "did not answer|silent|answered", None, id="bus silent", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_fault_of_the_arm_is_named_and_the_arm_ends_at_rest(emulator, info, checkpoint, fault, words, limp):
+    with when_up(emulator, info, lambda: fault(emulator)), pytest.raises(UserError, match=words) as end:
+        run_robot(config(emulator, checkpoint, seconds=PATIENCE))
+    assert "\n" not in str(end.value)
+    assert_left_at_rest(emulator, info, limp)
+
+
+def test_a_camera_that_blocks_stops_the_policy_and_not_the_arm(
+    emulator, info, checkpoint, monkeypatch, tmp_path
+):
+    fakes = {"top": FakeCamera(), "wrist": FakeCamera()}
+    monkeypatch.setattr(module, "make_cameras", lambda options, contract: fakes)
+    record = tmp_path / "record"
+    with (
+        when_up(emulator, info, lambda: setattr(fakes["wrist"], "stuck", True)),
+        pytest.raises(UserError, match=r"Camera 'wrist' has given no picture for .* at rest and released"),
+    ):
+        run_robot(config(emulator, checkpoint, seconds=PATIENCE, max_frame_age=0.8, record=record))
+    fakes["wrist"].stuck = False
+    assert_left_at_rest(emulator, info)
+    assert json.loads((record / "run.json").read_text())["end"]["failed"]
+    gaps = np.diff(read_record(record / "arm.jsonl").times)
+    assert np.median(gaps) < 0.02, "the bus kept its rate while the camera blocked"
+
+
+def test_a_policy_that_breaks_is_raised_and_the_arm_ends_at_rest(
+    emulator, info, checkpoint, monkeypatch, capsys
+):
+    from vla.evaluation.policy_source import CheckpointPolicy
+
+    act, broken = CheckpointPolicy.act, threading.Event()
+
+    def break_down(self, *observation):
+        if broken.is_set():
+            raise ZeroDivisionError("a bug in the policy")
+        return act(self, *observation)
+
+    monkeypatch.setattr(CheckpointPolicy, "act", break_down)
+    with when_up(emulator, info, broken.set), pytest.raises(ZeroDivisionError):
+        run_robot(config(emulator, checkpoint, seconds=PATIENCE))
+    assert "The run failed. Bringing the arm to rest." in capsys.readouterr().err
+    assert_left_at_rest(emulator, info)
+
+
+def command(emulator, checkpoint, *more) -> list[str]:
+    address = f"emulated:{emulator.camera_address}"
+    supervisor = [
+        word
+        for name, value in vars(QUICK).items()
+        if value != getattr(SupervisorConfig(), name)
+        for word in (f"--supervisor.{name.replace('_', '-')}", str(value))
+    ]
+    policy = [] if checkpoint is None else ["--checkpoint", str(checkpoint)]
+    return [
+        str(VLA), "run", "--task", "wave", "--port", emulator.port,
+        "--calibration-dir", str(emulator.calibration_file.parent), *policy, "--device", "cpu",
+        "--driver-options", json.dumps(OPTIONS), "--max-frame-age", "2", "--soft-start", "0.5", *supervisor,
+        "--cameras", f"top={address}", f"wrist={address}", *more,
+    ]  # fmt: skip
+
+
+def start(emulator, checkpoint, *more) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(emulator, checkpoint, *more), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+@pytest.mark.parametrize(
+    "signum",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+)
+def test_an_interrupted_run_ends_at_rest_with_code_0(emulator, info, checkpoint, signum):
+    process = start(emulator, checkpoint)
+    until(lambda: is_up(emulator, info))
+    process.send_signal(signum)
+    _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, said
+    assert "The run was interrupted. The arm is at rest and released." in " ".join(said.split())
+    assert_left_at_rest(emulator, info)
+
+
+def test_a_run_that_is_killed_ends_at_rest(emulator, info, checkpoint):
+    process = start(emulator, checkpoint)
+    until(lambda: is_up(emulator, info))
+    process.kill()
+    process.communicate()
+    until(lambda: emulator.registers("TORQUE_ENABLE") == [0] * 6)
+    assert_left_at_rest(emulator, info)
+
+
+def test_a_server_that_is_lost_ends_the_run_at_rest(emulator, info, checkpoint):
+    server = subprocess.Popen(
+        [VLA, "serve", "--checkpoint", checkpoint, "--port", "0", "--device", "cpu"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"VLA_TOKEN": "sesame"},
+    )
+    try:
+        line = next(line for line in server.stderr if "ws://" in line)
+        address = "ws://127.0.0.1:" + line.split("ws://127.0.0.1:")[1].split(".")[0]
+        settings = config(emulator, None, server=address, token="sesame", seconds=PATIENCE)
+        with (
+            when_up(emulator, info, server.kill),
+            pytest.raises(UserError, match=r"The connection to ws://.* is lost.*at rest and released"),
+        ):
+            run_robot(settings)
+    finally:
+        server.kill()
+        server.wait()
+        server.stderr.close()
+    assert_left_at_rest(emulator, info)
+
+
+def test_preflight_reports_everything_at_once_and_moves_nothing(emulator, tmp_path, capsys, monkeypatch):
+    emulator.trace()
+    wrong = config(
+        emulator,
+        save_untrained_arm_policy(
+            tmp_path / "policy", arm_contract(emulator.calibration, cameras=("top", "side"), rate=400.0)
+        ),
+        joint_units="si",
+        cameras=(f"wrist=emulated:{emulator.camera_address}", "top=/dev/video_none"),
+        record=tmp_path / "record",
+    )
+    monkeypatch.setattr(module, "CAMERA_TIMEOUT", 3.0)
+    with pytest.raises(UserError, match="nothing has moved: range of actions, control rate") as refusal:
+        run_robot(wrong)
+    assert all(f"camera {name}" in str(refusal.value) for name in ("side", "top", "wrist"))
+    assert not (tmp_path / "record").exists(), "the record of nothing makes room for the next attempt"
+    said = " ".join(capsys.readouterr().err.split())
+    for words in ("--joint-units", "--cameras side=0", "Train on data", "lerobot-find-cameras"):
+        assert words.replace(" ", "") in said.replace(" ", "").replace("│", ""), said
+    assert {it["code"] for it in emulator.trace()} & {3, 0x83} == set()
+    assert emulator.registers("TORQUE_ENABLE") == [0] * 6
+
+
+def test_the_terminal_shows_rates_latency_servos_and_faults(emulator, info, checkpoint, monkeypatch):
+    from vla.runtime.robot.terminal_view import TerminalView
+
+    screen, pictures = io.StringIO(), []
+    tick = TerminalView.tick
+
+    def look(self):
+        if self._loop.status.queries >= 2 and not pictures:
+            probe = Console(file=io.StringIO(), width=140)
+            probe.print(self.picture())
+            pictures.append(probe.file.getvalue())
+        tick(self)
+
+    monkeypatch.setattr(TerminalView, "tick", look)
+    monkeypatch.setattr(
+        module, "Console", lambda **options: Console(file=screen, force_terminal=True, width=140)
+    )
+    run_robot(config(emulator, checkpoint, seconds=4.0))
+    shown = pictures[0]
+    for words in ("task", "wave", "of 10 Hz", "of 100 Hz", "missed", "p99", "camera top", "camera wrist"):
+        assert words in shown
+    for words in ("shoulder_pan", "gripper", "°C", "no fault", "Ctrl-C brings the arm to rest"):
+        assert words in shown
+    assert "at rest and released" in " ".join(screen.getvalue().split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"checkpoint": None}, "either --checkpoint DIR or --server"),
+        ({"server": "ws://127.0.0.1:1"}, "either --checkpoint DIR or --server"),
+        ({"cameras": ("top",)}, "is not NAME=SOURCE"),
+        ({"cameras": ("top={",)}, "is not JSON"),
+        ({"cameras": ('top={"type": "x"}',)}, "Camera 'top' cannot be made"),
+        ({"scheduler": "realtime"}, "Did you mean 'real_time'"),
+        ({"horizon": 99}, "cannot execute 99 actions"),
+        ({"driver_options": "["}, "--driver-options is not JSON"),
+        ({"driver_options": "[]"}, "is no JSON object"),
+    ],
+)
+def test_what_cannot_be_run_is_one_sentence(emulator, checkpoint, changes, words):
+    with pytest.raises(UserError, match=words):
+        run_robot(config(emulator, checkpoint, **changes))
