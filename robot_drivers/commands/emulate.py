@@ -30,7 +30,9 @@ class EmulateConfig:
     lockstep: float | None = None
     """Let each goal advance the world by so many seconds, instead of the clock."""
     cameras: bool = False
-    """Draw the cameras `top` and `wrist`, 256 × 256, at a socket."""
+    """Draw the cameras `top` and `wrist` at a socket."""
+    image_size: int = 256
+    """Height and width of their frames: what the policy was trained on."""
     json: bool = False
     """Print JSON instead of words."""
 
@@ -40,9 +42,10 @@ def emulate(config: EmulateConfig) -> None:
     if not config.so101:
         raise UserError("Say which arm: `vla robot emulate --so101`.")
     file = calibration_path(config.id, config.calibration_dir)
-    with Emulator(
-        tabletop=config.seed, lockstep=config.lockstep, cameras=(256, 256) if config.cameras else None
-    ) as emulator:
+    if config.image_size < 16:
+        raise UserError(f"--image-size is {config.image_size}; give at least 16 pixels.")
+    size = (config.image_size, config.image_size) if config.cameras else None
+    with Emulator(tabletop=config.seed, lockstep=config.lockstep, cameras=size) as emulator:
         _keep_calibration(file, emulator)
         if config.link is not None:
             _link(config.link, emulator.port)
