@@ -48,6 +48,18 @@ class RoutedPolicy(Policy, Protocol):
         """Like `act`, with the decisions of the routers."""
 
 
+@runtime_checkable
+class ExpertChooser(Policy, Protocol):
+    """A policy of several experts that chooses among them, and says so afterwards."""
+
+    def begin(self, suite: str, task: int) -> None:
+        """Say which task the episode is about, for the records and for whoever may know the truth."""
+
+    @property
+    def route(self) -> dict[str, Any]:
+        """What was chosen in this episode so far; JSON."""
+
+
 class PolicySource(Protocol):
     """A picklable description from which every worker makes its own policy."""
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from vla.atomic import write_text
 from vla.errors import UserError
@@ -24,7 +25,8 @@ class EpisodeRecord:
     through (a dead worker, unstable physics); `success` is then None. `steps` are control steps, of
     which the policy was asked in `queries`. Times are in seconds: `wall_s` from reset to end,
     `policy_s` inside the policy. `attempts` is 2 after a retry and `errors` says what went wrong.
-    `worker_rss_mb` is the worker's resident memory after the episode, in MB (10^6 bytes).
+    `worker_rss_mb` is the worker's resident memory after the episode, in MB (10^6 bytes). `route` is there
+    for policies of several experts: see `vla.evaluation.task_routed.TaskRoutedPolicy.route`.
     """
 
     suite: str
@@ -42,6 +44,7 @@ class EpisodeRecord:
     versions: dict[str, str]
     attempts: int = 1
     errors: tuple[str, ...] = ()
+    route: dict[str, Any] | None = None
 
     @property
     def episode(self) -> Episode:
@@ -111,6 +114,7 @@ def _parse(line: str, where: str) -> EpisodeRecord:
     known = {field.name for field in fields(EpisodeRecord)}
     try:
         content = json.loads(line)
+        content.setdefault("route", None)  # absent from rows of the first release
         if content.keys() != known:
             raise KeyError(*sorted(content.keys() ^ known))
         return EpisodeRecord(**content | {"errors": tuple(content["errors"])})
