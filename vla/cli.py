@@ -103,6 +103,12 @@ COMMANDS: dict[str, Command] = {
         "EmulateConfig",
         "emulate",
     ),
+    "convert": Command(
+        "turn released OpenVLA, OpenVLA-OFT or CogVLA weights into a checkpoint",
+        "vla.convert",
+        "ConvertConfig",
+        "run_convert",
+    ),
     "inspect": Command(
         "show what a checkpoint or a preset is made of", "vla.inspection", "InspectConfig", "inspect"
     ),

@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-HIDDEN, HEADS, LAYERS, INNER, VOCABULARY = 32, 2, 6, 40, 60
+HIDDEN, HEADS, LAYERS, INNER, VOCABULARY = 32, 2, 6, 40, 300
 WIDTHS, BLOCKS, PATCH, GRID, REGISTERS, VIT_HEADS = (32, 48), (3, 4), 4, 4, 4, 16
 TOKENS, CAMERAS, CHUNK, ACTION, STATE, STOP = 4, 2, 3, 7, 8, 2
 MEANS = ([0.485, 0.456, 0.406], [0.5, 0.5, 0.5])

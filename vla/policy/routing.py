@@ -74,8 +74,9 @@ class LfpRouter(nn.Module):
         self.film = Film(dim, dim, hidden=dim // 2)
         self.score = nn.Linear(dim, 1)
         # Not zero: a zero weight would also stop the gradient into FiLM and make the first ranking
-        # "lowest index first", that is, blind to the second camera.
-        nn.init.normal_(self.score.weight, std=0.02)
+        # "lowest index first", that is, blind to the second camera. Smaller at larger widths, so that logits
+        # are not: at width 4096 gates would otherwise start anywhere between 0.1 and 1.9.
+        nn.init.normal_(self.score.weight, std=0.02 * min(1.0, math.sqrt(128 / dim)))
         nn.init.zeros_(self.score.bias)
 
     def forward(self, h: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
