@@ -18,6 +18,7 @@ from vla.policy.configuration_cogmerge import CogMergeConfig
 from vla.policy.images import unit_range
 from vla.policy.manifest import contract_from_metadata, describe_build, save_manifest
 from vla.policy.model import KEYFRAME_UNIT, CogMergeModel, Prediction
+from vla.policy.units import unit_classes
 
 KEYFRAME_KEY = "keyframe"
 
@@ -56,6 +57,13 @@ class CogMergePolicy(PreTrainedPolicy):
     def from_pretrained(cls, *args: Any, **kwargs: Any):
         """Load a checkpoint as LeRobot does; where its backbones once came from is not asked."""
         return super().from_pretrained(*args, pretrained_backbones=False, **kwargs)
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes that FSDP wraps, read by accelerate."""
+        return unit_classes(self.model)
+
+    _fsdp_wrap_modules = _no_split_modules  # LeRobot's name for the same
 
     def reset(self) -> None:
         """Forget the queued actions; call it whenever an episode starts."""
