@@ -49,6 +49,8 @@ class TrainConfig:
     statistics: Literal["base", "own"] = "base"
     """Normalisation of an expert: the base's, so that it starts as the base and experts share one scale; or
     its own dataset's, for states and actions far from what the base was trained on."""
+    head_seed: int | None = None
+    """Start an expert's head anew from this seed, as MergeVLA does, instead of as the base's."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """Low-rank factors instead of all weights; --lora.rank alone adapts --init-from and saves it folded."""
     resume: bool = False
@@ -127,8 +129,8 @@ class TrainConfig:
             raise UserError("An expert needs both --expert NAME and --base CHECKPOINT.")
         if self.expert is not None and (self.init_from is not None or self.policy):
             raise UserError("An expert has its base's weights and sizes; leave out --init-from and --policy.")
-        if self.expert is None and self.statistics == "own":
-            raise UserError("--statistics own is for experts; give --expert NAME and --base CHECKPOINT too.")
+        if self.expert is None and (self.statistics == "own" or self.head_seed is not None):
+            raise UserError("--statistics own and --head-seed are for experts: give --expert and --base too.")
         if self.expert is None and self.lora.rank is None and self.lora != LoraSettings():
             raise UserError("The --lora options need --lora.rank (or --expert NAME).")
 

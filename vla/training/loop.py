@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -27,6 +27,7 @@ from vla.training.interruption import Interruption
 from vla.training.metrics import MetricsLog, Window
 from vla.training.policy_setup import start_policy
 from vla.training.precision import time_precisions
+from vla.training.recompute import recompute_activations
 from vla.training.trainer import Batch, Trainer
 
 __all__ = ["TrainConfig", "train"]
@@ -58,11 +59,16 @@ def train(config: TrainConfig) -> None:
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=config.device == "cpu" or not torch.cuda.is_available(),
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if accelerator.distributed_type is DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UserError(
+            "Training is sharded with FSDP2: set fsdp_version: 2 in the accelerate configuration."
+        )
+    return accelerator
 
 
 def _on_main_first(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
@@ -90,12 +96,15 @@ def _set_up(config: TrainConfig, record: dict | None, accelerator: Accelerator) 
         _require_same_data(record, datasets)
     checkpoint = last_checkpoint(config.out) if record is not None else None
     start = start_policy(config, datasets, accelerator.device.type, resume_from=checkpoint)
+    if config.gradient_checkpointing:
+        recompute_activations(start.policy)
     source = BatchSource(
         datasets,
         _frames(config, datasets, start.policy.config.image_size, accelerator),
         start.policy.config.action_delta_indices,
     )
     trainer = Trainer(config, datasets, source, start, accelerator)
+    _require_shardable(trainer)
     precision, seconds = _choose_precision(trainer) if record is None else (None, None)
     record = _on_main_first(accelerator, lambda: _keep_record(trainer, record, precision, seconds))
     trainer.precision = record["precision"]
@@ -113,6 +122,15 @@ def _set_up(config: TrainConfig, record: dict | None, accelerator: Accelerator) 
         remove_partial(config.out)
         _introduce(trainer)
     return trainer, metrics
+
+
+def _require_shardable(trainer: Trainer) -> None:
+    pruner = trainer.policy.config.token_pruner
+    if trainer.sharded and pruner in ("pyramid_drop", "feather"):
+        raise UserError(
+            f"policy.token_pruner={pruner} reads an attention layer's weights outside of it, where FSDP has"
+            " not gathered them; train it without FSDP."
+        )
 
 
 def _frames(

@@ -40,7 +40,7 @@ class MetricsLog:
             return
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._tracker = _open_tracker(tracker, out.resolve().name, run_id, config or {})
+        self._tracker = _open_tracker(tracker, out.resolve(), run_id, config or {})
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one row; it is on disk when this returns."""
@@ -100,13 +100,22 @@ def read_metrics(path: Path) -> list[Row]:
     return rows
 
 
-def _open_tracker(name: str, run: str, run_id: str, config: Row) -> Any:
+def _open_tracker(name: str, out: Path, run_id: str, config: Row) -> Any:
     if name == "none":
         return None
     try:
         tracker = importlib.import_module(name)
     except ModuleNotFoundError:
         raise UserError(f"--logger {name} needs the package {name}: pip install {name}.") from None
-    identity = {"id": run_id} if name == "wandb" else {}
-    tracker.init(project=PROJECT, name=run, config=config, resume="allow", **identity)
+    if name == "wandb":
+        identity = {"name": out.name, "id": run_id, "dir": out}
+    else:  # knows runs by their name alone, and folders called "run" are many
+        identity = {"name": f"{out.name}-{run_id[:8]}"}
+    try:
+        tracker.init(project=PROJECT, config=config, resume="allow", **identity)
+    except getattr(tracker, "Error", ()) as error:  # wandb's, without a login for example
+        raise UserError(
+            f"--logger {name} cannot start ({' '.join(str(error).split())}); log in, or set"
+            " WANDB_MODE=offline."
+        ) from None
     return tracker

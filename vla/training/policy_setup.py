@@ -20,6 +20,7 @@ from vla.experts.lora_expert import ExpertCard, LoraExpert, base_hash
 from vla.json_file import load_json
 from vla.policy.checkpoint import LoadedPolicy, checkpoint_hash, load_checkpoint
 from vla.policy.configuration_cogmerge import CogMergeConfig
+from vla.policy.head import PARTS, initialise_head
 from vla.policy.manifest import MANIFEST_FILE, make_contract
 from vla.policy.modeling_cogmerge import CogMergePolicy
 from vla.policy.processor_cogmerge import make_cogmerge_pre_post_processors
@@ -80,12 +81,25 @@ def _start_expert(
     base = loaded.path.resolve()  # `last` is a link that training moves on
     if config.statistics == "own":
         loaded = with_statistics(loaded, joint_statistics(datasets))
+    head = _new_head(loaded.policy, config.head_seed) if config.head_seed is not None else []
     instructions = sorted({dataset.instructions[task] for dataset in datasets for task in set(dataset.task)})
-    card = ExpertCard(config.expert, base_hash(base), instructions=tuple(instructions))
+    card = ExpertCard(
+        config.expert,
+        base_hash(base),
+        head_seed=loaded.policy.config.head_seed,
+        instructions=tuple(instructions),
+    )
     if resume_from is not None:
         LoraExpert.load(resume_from / PRETRAINED_MODEL_DIR).require_base(card.base, base)
     torch.manual_seed(config.seed)
-    return Start(loaded, adapt(loaded.policy, config.lora), card, base)
+    return Start(loaded, adapt(loaded.policy, config.lora, also_full=head), card, base)
+
+
+def _new_head(policy: CogMergePolicy, seed: int) -> list[str]:
+    """Start the head anew; all of it is then to be trained in full, and its parameters are returned."""
+    initialise_head(policy, seed)
+    parts = tuple(f"model.{part}" for part in PARTS)
+    return [name for name, _ in policy.named_parameters() if name in parts or name.startswith(parts)]
 
 
 def _start_lora(
@@ -93,7 +107,7 @@ def _start_lora(
 ) -> Start:
     """Factors on a pretrained policy, saved folded into its weights."""
     if config.init_from is None:
-        raise UserError("--lora.rank adapts a trained policy: name it with --init-from CHECKPOINT.")
+        return _start_lora_on_backbones(config, datasets, device)
     loaded = _load(config.init_from, datasets[0], device)
     if resume_from is not None:
         before = load_json(resume_from / PRETRAINED_MODEL_DIR / MANIFEST_FILE)["init_from_hash"]
@@ -104,6 +118,28 @@ def _start_lora(
             )
     torch.manual_seed(config.seed)
     return Start(loaded, adapt(loaded.policy, config.lora))
+
+
+def _start_lora_on_backbones(config: TrainConfig, datasets: Sequence[Demonstrations], device: str) -> Start:
+    """A new policy around pretrained backbones: they get factors, everything else is trained in full."""
+    loaded = _new(config, datasets, device)
+    names = [name for name, _ in loaded.policy.named_parameters()]
+    fresh = [name for name in names if not _is_pretrained(loaded.policy.config, name)]
+    if len(fresh) == len(names):
+        raise UserError(
+            "--lora.rank adapts pretrained weights, and this policy has none: name a trained one with"
+            " --init-from CHECKPOINT, or pretrained backbones with --policy decoder_backbone=FOLDER."
+        )
+    torch.manual_seed(config.seed)
+    return Start(loaded, adapt(loaded.policy, config.lora, also_full=fresh))
+
+
+def _is_pretrained(config: CogMergeConfig, name: str) -> bool:
+    """Whether a parameter of a new policy came with a backbone's weights."""
+    if name.startswith("model.decoder.backbone."):
+        return bool(config.decoder_backbone)
+    inside = ".embeddings." in name or ".layer." in name  # of a `vla.policy.pretrained_encoder` block
+    return bool(config.vision_backbones) and name.startswith("model.vision.encoders.") and inside
 
 
 def _load(checkpoint: Path, dataset: Demonstrations, device: str) -> LoadedPolicy:

@@ -145,8 +145,9 @@ def _manifest(trainer: Trainer, weights: Mapping[str, Tensor]) -> dict[str, Any]
     )
 
 
-def _trained_names(trainer: Trainer) -> set[str]:
-    return {name for name, parameter in trainer.policy.named_parameters() if parameter.requires_grad}
+def _trained_names(trainer: Trainer) -> list[str]:
+    """In one order in all processes: they exchange shards in it."""
+    return [name for name, parameter in trainer.policy.named_parameters() if parameter.requires_grad]
 
 
 def _only_trained(trainer: Trainer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
