@@ -1,5 +1,8 @@
 """What the tests of `vla run` share: a contract of six joints, a small untrained checkpoint, fake cameras."""
 
+import asyncio
+import contextlib
+import threading
 import time
 
 import numpy as np
@@ -7,6 +10,7 @@ import numpy as np
 from vla.contract import JOINT_POSITION, Camera, Interface, PolicyContract, Vector
 from vla.robot_drivers.so101.calibration import JOINTS
 from vla.robot_drivers.so101.driver import so101_info
+from vla.serving.server import PolicyServer, Served
 
 HEIGHT, WIDTH = 48, 64
 RATE = 20.0
@@ -80,6 +84,42 @@ def save_untrained_arm_policy(folder, contract):
         make_contract(config, need, contract.statistics),
         describe_build(policy, step=0),
     )
+
+
+class SwayPolicy:
+    """Holds the arm near the raised pose and sways by 3° about it."""
+
+    def __init__(self, contract):
+        self._action = contract.statistics["action"]["mean"]
+        self._calls = 0
+
+    def reset(self, seed):
+        self._calls = 0
+
+    def act(self, images, state, instruction):
+        self._calls += 1
+        phase = (self._calls * CHUNK / 2 + np.arange(CHUNK)) / 10
+        return np.array(self._action) + 3 * np.sin(phase)[:, None]
+
+
+@contextlib.contextmanager
+def sway_server(contract):
+    """Serve a `SwayPolicy` from a thread; yields its address."""
+    server = PolicyServer(Served(lambda: SwayPolicy(contract), contract, {"checkpoint": {"label": "sway"}}))
+    ports, ready, handle = [], threading.Event(), {}
+
+    async def serve():
+        handle["loop"], handle["stop"] = asyncio.get_running_loop(), asyncio.Event()
+        await server.run("127.0.0.1", 0, handle["stop"], lambda port: (ports.append(port), ready.set()))
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    assert ready.wait(30)
+    try:
+        yield f"ws://127.0.0.1:{ports[0]}"
+    finally:
+        handle["loop"].call_soon_threadsafe(handle["stop"].set)
+        thread.join(30)
 
 
 class FakeCamera:

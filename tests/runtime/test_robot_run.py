@@ -7,17 +7,17 @@ pose), port reusable.
 import contextlib
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from arm_bench import HEIGHT, WIDTH, FakeCamera, arm_contract, raised, save_untrained_arm_policy
+from arm_bench import HEIGHT, WIDTH, FakeCamera, arm_contract, raised, save_untrained_arm_policy, sway_server
 from rich.console import Console
 
 from vla.errors import UserError
@@ -27,11 +27,13 @@ from vla.robot_drivers.recorder import read_record
 from vla.robot_drivers.so101.driver import so101_info
 from vla.runtime.robot import run as module
 from vla.runtime.robot.run import RunConfig, run_robot
+from vla.serving.client import RemotePolicy
 
 VLA = Path(sys.executable).with_name("vla")
 PATIENCE = 90.0  # s, for a loaded machine
-OPTIONS = {"reply_timeout": 0.2, "dead_after": 1.0}
-QUICK = SupervisorConfig(rest_speed=0.8, sample_patience=1.0, lost_after=2.0, stale_hold=1.0, stale_rest=10.0)
+# Emulator, arm and cameras are processes of a machine that may be busy: nothing is late that is only slow.
+OPTIONS = {"reply_timeout": 1.0, "dead_after": 6.0}
+QUICK = SupervisorConfig(rest_speed=0.8, sample_patience=3.0, lost_after=5.0, stale_hold=2.0, stale_rest=20.0)
 
 
 @pytest.fixture(scope="module")
@@ -52,25 +54,30 @@ def info(emulator):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(emulator, tmp_path_factory):
-    contract = arm_contract(emulator.calibration, rate=10.0)  # a loaded machine keeps up with that
-    return save_untrained_arm_policy(tmp_path_factory.mktemp("policy"), contract)
+def contract(emulator):
+    return arm_contract(emulator.calibration, rate=10.0)  # a loaded machine keeps up with that
 
 
-def config(emulator, policy, **changes) -> RunConfig:
+@pytest.fixture(scope="module")
+def server(contract):
+    """A policy behind a server in this process, so that the programs under test start quickly."""
+    with sway_server(contract) as address:
+        yield address
+
+
+def config(emulator, server, **changes) -> RunConfig:
     address = f"emulated:{emulator.camera_address}"
     return RunConfig(
         **{
             "task": "wave",
             "port": emulator.port,
             "calibration_dir": emulator.calibration_file.parent,
-            "checkpoint": policy,
+            "server": server,
             "cameras": (f"top={address}", f"wrist={address}"),
             "driver_options": json.dumps(OPTIONS),
             "supervisor": QUICK,
-            "max_frame_age": 2.0,
+            "max_frame_age": 8.0,
             "soft_start": 0.5,
-            "device": "cpu",
         }
         | changes
     )
@@ -127,9 +134,11 @@ def when_up(emulator, info, act):
     assert done.is_set(), "the arm never came up"
 
 
-def test_a_policy_drives_the_arm_and_leaves_it_at_rest(emulator, info, checkpoint, tmp_path, capsys):
+def test_a_checkpoint_drives_the_arm_and_leaves_it_at_rest(emulator, info, contract, tmp_path, capsys):
     record = tmp_path / "record"
-    run_robot(config(emulator, checkpoint, seconds=4.0, record=record))
+    policy = save_untrained_arm_policy(tmp_path / "policy", contract)
+    settings = config(emulator, None, checkpoint=policy, device="cpu", seconds=4.0, record=record)
+    run_robot(settings)
     said = capsys.readouterr().err
     assert "The 4 s of this run are over. The arm is at rest and released." in said
     assert "pre-flight" in said and "fails" not in said
@@ -144,12 +153,12 @@ def test_a_policy_drives_the_arm_and_leaves_it_at_rest(emulator, info, checkpoin
     answers = [json.loads(line) for line in (record / "policy.jsonl").read_text().splitlines()]
     assert np.array(answers[0]["chunk"]).shape == (16, 6) and len(answers[0]["state"]) == 6
     with pytest.raises(UserError, match="holds something already"):
-        run_robot(config(emulator, checkpoint, record=record))
+        run_robot(settings)
 
 
-def test_a_dry_run_shows_what_it_would_send_and_touches_nothing(emulator, info, checkpoint, capsys):
+def test_a_dry_run_shows_what_it_would_send_and_touches_nothing(emulator, info, server, capsys):
     emulator.trace()
-    run_robot(config(emulator, checkpoint, dry_run=True, seconds=1.5))
+    run_robot(config(emulator, server, dry_run=True, seconds=1.5))
     written = {it["code"] for it in emulator.trace()} & {3, 0x83}
     assert written == set(), "neither WRITE nor SYNC_WRITE"
     said = capsys.readouterr().err
@@ -170,7 +179,7 @@ def unplug(emulator):
 
 def silence(emulator):
     emulator.request("line", mute=True)
-    time.sleep(3.5)
+    time.sleep(8.0)
     emulator.request("line", mute=False)
 
 
@@ -180,56 +189,54 @@ def silence(emulator):
         # A servo that is too hot lets go on its own: the others carry the arm down.
         pytest.param(heat, "Joint 'wrist_flex' reports overheating", "wrist_flex", id="overheating"),
         pytest.param(unplug, "The serial port|adapter", None, id="adapter unplugged"),
-        pytest.param(
-            silence, "did not answer|silent|answered", None, id="bus silent", marks=pytest.mark.slow
-        ),
+        pytest.param(silence, "No answer for", None, id="bus silent", marks=pytest.mark.slow),
     ],
 )
-def test_a_fault_of_the_arm_is_named_and_the_arm_ends_at_rest(emulator, info, checkpoint, fault, words, limp):
+def test_a_fault_of_the_arm_is_named_and_the_arm_ends_at_rest(emulator, info, server, fault, words, limp):
     with when_up(emulator, info, lambda: fault(emulator)), pytest.raises(UserError, match=words) as end:
-        run_robot(config(emulator, checkpoint, seconds=PATIENCE))
+        run_robot(config(emulator, server, seconds=PATIENCE))
     assert "\n" not in str(end.value)
     assert_left_at_rest(emulator, info, limp)
 
 
-def test_a_camera_that_blocks_stops_the_policy_and_not_the_arm(
-    emulator, info, checkpoint, monkeypatch, tmp_path
-):
+def test_a_camera_that_blocks_stops_the_policy_and_not_the_arm(emulator, info, server, monkeypatch, tmp_path):
     fakes = {"top": FakeCamera(), "wrist": FakeCamera()}
     monkeypatch.setattr(module, "make_cameras", lambda options, contract: fakes)
-    record = tmp_path / "record"
+    record, blocked = tmp_path / "record", []
+
+    def block():
+        fakes["wrist"].stuck = True
+        blocked.append(time.monotonic())
+
     with (
-        when_up(emulator, info, lambda: setattr(fakes["wrist"], "stuck", True)),
+        when_up(emulator, info, block),
         pytest.raises(UserError, match=r"Camera 'wrist' has given no picture for .* at rest and released"),
     ):
-        run_robot(config(emulator, checkpoint, seconds=PATIENCE, max_frame_age=0.8, record=record))
+        run_robot(config(emulator, server, seconds=PATIENCE, max_frame_age=3.0, record=record))
     fakes["wrist"].stuck = False
     assert_left_at_rest(emulator, info)
     assert json.loads((record / "run.json").read_text())["end"]["failed"]
-    gaps = np.diff(read_record(record / "arm.jsonl").times)
-    assert np.median(gaps) < 0.02, "the bus kept its rate while the camera blocked"
+    since = read_record(record / "arm.jsonl").times - blocked[0]
+    assert ((since > 0) & (since < 3.0)).sum() > 10, "the bus went on while the camera blocked"
 
 
-def test_a_policy_that_breaks_is_raised_and_the_arm_ends_at_rest(
-    emulator, info, checkpoint, monkeypatch, capsys
-):
-    from vla.evaluation.policy_source import CheckpointPolicy
-
-    act, broken = CheckpointPolicy.act, threading.Event()
+@pytest.mark.slow
+def test_a_policy_that_breaks_is_raised_and_the_arm_ends_at_rest(emulator, info, server, monkeypatch, capsys):
+    act, broken = RemotePolicy.act, threading.Event()
 
     def break_down(self, *observation):
         if broken.is_set():
             raise ZeroDivisionError("a bug in the policy")
         return act(self, *observation)
 
-    monkeypatch.setattr(CheckpointPolicy, "act", break_down)
+    monkeypatch.setattr(RemotePolicy, "act", break_down)
     with when_up(emulator, info, broken.set), pytest.raises(ZeroDivisionError):
-        run_robot(config(emulator, checkpoint, seconds=PATIENCE))
+        run_robot(config(emulator, server, seconds=PATIENCE))
     assert "The run failed. Bringing the arm to rest." in capsys.readouterr().err
     assert_left_at_rest(emulator, info)
 
 
-def command(emulator, checkpoint, *more) -> list[str]:
+def command(emulator, server, *more) -> list[str]:
     address = f"emulated:{emulator.camera_address}"
     supervisor = [
         word
@@ -237,18 +244,17 @@ def command(emulator, checkpoint, *more) -> list[str]:
         if value != getattr(SupervisorConfig(), name)
         for word in (f"--supervisor.{name.replace('_', '-')}", str(value))
     ]
-    policy = [] if checkpoint is None else ["--checkpoint", str(checkpoint)]
     return [
         str(VLA), "run", "--task", "wave", "--port", emulator.port,
-        "--calibration-dir", str(emulator.calibration_file.parent), *policy, "--device", "cpu",
-        "--driver-options", json.dumps(OPTIONS), "--max-frame-age", "2", "--soft-start", "0.5", *supervisor,
+        "--calibration-dir", str(emulator.calibration_file.parent), "--server", server,
+        "--driver-options", json.dumps(OPTIONS), "--max-frame-age", "8", "--soft-start", "0.5", *supervisor,
         "--cameras", f"top={address}", f"wrist={address}", *more,
     ]  # fmt: skip
 
 
-def start(emulator, checkpoint, *more) -> subprocess.Popen:
+def start(emulator, server, *more) -> subprocess.Popen:
     return subprocess.Popen(
-        command(emulator, checkpoint, *more), stderr=subprocess.PIPE, text=True, start_new_session=True
+        command(emulator, server, *more), stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
@@ -256,8 +262,8 @@ def start(emulator, checkpoint, *more) -> subprocess.Popen:
     "signum",
     [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
 )
-def test_an_interrupted_run_ends_at_rest_with_code_0(emulator, info, checkpoint, signum):
-    process = start(emulator, checkpoint)
+def test_an_interrupted_run_ends_at_rest_with_code_0(emulator, info, server, signum):
+    process = start(emulator, server)
     until(lambda: is_up(emulator, info))
     process.send_signal(signum)
     _, said = process.communicate(timeout=PATIENCE)
@@ -266,8 +272,9 @@ def test_an_interrupted_run_ends_at_rest_with_code_0(emulator, info, checkpoint,
     assert_left_at_rest(emulator, info)
 
 
-def test_a_run_that_is_killed_ends_at_rest(emulator, info, checkpoint):
-    process = start(emulator, checkpoint)
+@pytest.mark.slow
+def test_a_run_that_is_killed_ends_at_rest(emulator, info, server):
+    process = start(emulator, server)
     until(lambda: is_up(emulator, info))
     process.kill()
     process.communicate()
@@ -275,43 +282,53 @@ def test_a_run_that_is_killed_ends_at_rest(emulator, info, checkpoint):
     assert_left_at_rest(emulator, info)
 
 
-def test_a_server_that_is_lost_ends_the_run_at_rest(emulator, info, checkpoint):
+SERVER = """
+import asyncio, sys
+from vla.serving.server import PolicyServer, Served
+sys.path.append(sys.argv[1])
+from arm_bench import SwayPolicy, arm_contract
+from vla.robot_drivers.so101.calibration import load_calibration
+contract = arm_contract(load_calibration(sys.argv[2]), rate=10.0)
+server = PolicyServer(Served(lambda: SwayPolicy(contract), contract, {}), token="sesame")
+asyncio.run(server.run("127.0.0.1", 0, asyncio.Event(), lambda port: print(port, flush=True)))
+"""
+
+
+def test_a_server_that_is_lost_ends_the_run_at_rest(emulator, info):
+    arguments = [str(Path(__file__).parent), str(emulator.calibration_file)]
     server = subprocess.Popen(
-        [VLA, "serve", "--checkpoint", checkpoint, "--port", "0", "--device", "cpu"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"VLA_TOKEN": "sesame"},
+        [sys.executable, "-P", "-c", SERVER, *arguments], stdout=subprocess.PIPE, text=True
     )
     try:
-        line = next(line for line in server.stderr if "ws://" in line)
-        address = "ws://127.0.0.1:" + line.split("ws://127.0.0.1:")[1].split(".")[0]
-        settings = config(emulator, None, server=address, token="sesame", seconds=PATIENCE)
+        address = f"ws://127.0.0.1:{server.stdout.readline().strip()}"
         with (
             when_up(emulator, info, server.kill),
             pytest.raises(UserError, match=r"The connection to ws://.* is lost.*at rest and released"),
         ):
-            run_robot(settings)
+            run_robot(config(emulator, address, token="sesame", seconds=PATIENCE))
     finally:
         server.kill()
         server.wait()
-        server.stderr.close()
+        server.stdout.close()
     assert_left_at_rest(emulator, info)
 
 
 def test_preflight_reports_everything_at_once_and_moves_nothing(emulator, tmp_path, capsys, monkeypatch):
     emulator.trace()
+    other = arm_contract(emulator.calibration, cameras=("top", "side"), rate=400.0)
     wrong = config(
         emulator,
-        save_untrained_arm_policy(
-            tmp_path / "policy", arm_contract(emulator.calibration, cameras=("top", "side"), rate=400.0)
-        ),
+        "filled in below",
         joint_units="si",
         cameras=(f"wrist=emulated:{emulator.camera_address}", "top=/dev/video_none"),
         record=tmp_path / "record",
     )
     monkeypatch.setattr(module, "CAMERA_TIMEOUT", 3.0)
-    with pytest.raises(UserError, match="nothing has moved: range of actions, control rate") as refusal:
-        run_robot(wrong)
+    with (
+        sway_server(other) as address,
+        pytest.raises(UserError, match="nothing has moved: range of actions, control rate") as refusal,
+    ):
+        run_robot(replace(wrong, server=address))
     assert all(f"camera {name}" in str(refusal.value) for name in ("side", "top", "wrist"))
     assert not (tmp_path / "record").exists(), "the record of nothing makes room for the next attempt"
     said = " ".join(capsys.readouterr().err.split())
@@ -321,7 +338,7 @@ def test_preflight_reports_everything_at_once_and_moves_nothing(emulator, tmp_pa
     assert emulator.registers("TORQUE_ENABLE") == [0] * 6
 
 
-def test_the_terminal_shows_rates_latency_servos_and_faults(emulator, info, checkpoint, monkeypatch):
+def test_the_terminal_shows_rates_latency_servos_and_faults(emulator, info, server, monkeypatch):
     from vla.runtime.robot.terminal_view import TerminalView
 
     screen, pictures = io.StringIO(), []
@@ -338,7 +355,7 @@ def test_the_terminal_shows_rates_latency_servos_and_faults(emulator, info, chec
     monkeypatch.setattr(
         module, "Console", lambda **options: Console(file=screen, force_terminal=True, width=140)
     )
-    run_robot(config(emulator, checkpoint, seconds=4.0))
+    run_robot(config(emulator, server, seconds=4.0))
     shown = pictures[0]
     for words in ("task", "wave", "of 10 Hz", "of 100 Hz", "missed", "p99", "camera top", "camera wrist"):
         assert words in shown
@@ -350,17 +367,26 @@ def test_the_terminal_shows_rates_latency_servos_and_faults(emulator, info, chec
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"checkpoint": None}, "either --checkpoint DIR or --server"),
-        ({"server": "ws://127.0.0.1:1"}, "either --checkpoint DIR or --server"),
+        ({"server": None}, "either --checkpoint DIR or --server"),
+        ({"checkpoint": Path("x")}, "either --checkpoint DIR or --server"),
+        ({"server": "ws://127.0.0.1:1"}, "There is no policy server at"),
         ({"cameras": ("top",)}, "is not NAME=SOURCE"),
         ({"cameras": ("top={",)}, "is not JSON"),
-        ({"cameras": ('top={"type": "x"}',)}, "Camera 'top' cannot be made"),
         ({"scheduler": "realtime"}, "Did you mean 'real_time'"),
         ({"horizon": 99}, "cannot execute 99 actions"),
         ({"driver_options": "["}, "--driver-options is not JSON"),
         ({"driver_options": "[]"}, "is no JSON object"),
     ],
 )
-def test_what_cannot_be_run_is_one_sentence(emulator, checkpoint, changes, words):
+def test_what_cannot_be_run_is_one_sentence(emulator, server, changes, words):
     with pytest.raises(UserError, match=words):
-        run_robot(config(emulator, checkpoint, **changes))
+        run_robot(config(emulator, **{"server": server} | changes))
+
+
+def test_the_computer_beside_the_arm_needs_no_torch_for_a_policy_elsewhere():
+    program = (
+        "import sys, vla.runtime.robot.run, vla.serving.client;"
+        "print(sorted({'torch', 'lerobot', 'transformers', 'mujoco'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -224,6 +224,9 @@ class Runner:
         end: RunEnd | None = None
         try:
             with Interruption() as interruption:
+                fault = self.arm.latest().fault
+                if fault is not None:  # since pre-flight
+                    raise fault
                 self.arm.enable()
                 with TerminalView(loop, self.arm, self.cameras, self.console) as view:
                     end = loop.run(stop_when(interruption, view.tick), self.config.seconds)
