@@ -369,6 +369,19 @@ def test_the_presets_say_how_many_queries():
     assert CogMergeConfig(device="cpu").action_queries == 8
 
 
+def test_the_published_size_has_the_published_parameters():
+    """24 blocks of 6,431,489 parameters; 6.44 M of the head are a task's own (block 23, norm and output)."""
+    with torch.device("meta"):
+        policy = preset_policy("mergevla-0.5b")
+    decoder = policy.model.action_decoder
+    assert [sum(p.numel() for p in block.parameters()) for block in decoder.blocks] == [6_431_489] * 24
+    private = [
+        p for n, p in decoder.named_parameters() if any(fnmatchcase(n, g) for g in decoder.private_parts)
+    ]
+    assert sum(p.numel() for p in private) == 6_431_489 + 2 * 896 + 896 * 7 + 7
+    assert decoder.queries.tokens.shape == (64, 896)
+
+
 # -- where a head starts and what tasks share of it --------------------------------------------------------
 
 
