@@ -14,6 +14,7 @@ from vla.errors import UserError
 from vla.experts.lora_expert import LoraExpert, declare, make_config
 from vla.experts.low_rank import LowRank
 from vla.experts.merge import merge
+from vla.experts.merge_update import updated_recipe
 from vla.experts.merged import MergedCheckpoint
 from vla.experts.merging.method import TensorContext
 from vla.experts.merging.registry import METHODS
@@ -307,3 +308,68 @@ def test_the_command(scene, capsys):
     assert cli.run(["merge", str(scene / "out.yaml"), "--out", str(scene / "base")]) == 2
     assert cli.run(["merge", str(scene / "nowhere.yaml"), "--out", str(scene / "x")]) == 2
     assert "There is no recipe" in capsys.readouterr().err
+
+
+def tensors_of(folder):
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.suffix != ".yaml" and p.is_file()
+    }
+
+
+def test_adding_and_removing_is_merging_anew(scene, capsys):
+    """The same bits in every file but for the recipe's wording, and the wording merges to the same again."""
+    options = {"method": "ties", "lambda": 0.6, "seed": 4, "overrides": {"model.b.*": {"method": "dare"}}}
+    wanted = run(scene, "anew", **options)
+    out = run(scene, experts=list(NAMES[:2]), **options)
+    first = tensors_of(out)
+    (scene / "out.yaml").unlink()
+    assert cli.run(["merge", str(out), "--add", str(scene / "turn")]) == 0
+    assert "3 merged" in capsys.readouterr().out
+
+    def same(one, other):
+        left, right = tensors_of(one), tensors_of(other)
+        own = ("merge.json", "manifest.json")  # name the recipe by its hash
+        assert left.keys() == right.keys()
+        assert all(left[name] == right[name] for name in left if name not in own)
+        facts = [
+            json.loads((folder / "merge.json").read_text()) | {"recipe": None} for folder in (one, other)
+        ]
+        assert facts[0] == facts[1]
+
+    same(out, wanted)
+    merge(load_recipe(out / "recipe.yaml"), scene / "again")
+    assert tensors_of(scene / "again") == tensors_of(out)
+    assert cli.run(["merge", str(out), "--remove", "turn", "--out", str(scene / "less")]) == 0
+    assert {n: b for n, b in tensors_of(scene / "less").items() if n.endswith("safetensors")} == {
+        n: b for n, b in first.items() if n.endswith("safetensors")
+    }
+    same(out, wanted)
+
+
+def test_an_exchange_keeps_weights(scene):
+    out = run(scene, method="weighted_average", experts=[{"path": "pick", "weight": 3.0}, "push"])
+    recipe = updated_recipe(out, [scene / "turn"], ["push"])
+    assert [(entry.path.name, entry.weight) for entry in recipe.experts] == [("pick", 3.0), ("turn", 1.0)]
+    assert recipe.base == (scene / "base").resolve() and recipe.shared == ("head.trunk.*",)
+
+
+def test_updates_that_cannot_be(scene):
+    out = run(scene)
+    with pytest.raises(UserError, match=r"no expert 'trun' to remove\. Did you mean 'turn'"):
+        updated_recipe(out, [], ["trun"])
+    with pytest.raises(UserError, match="Nobody would be left"):
+        updated_recipe(out, [], NAMES)
+    with pytest.raises(UserError, match="is not a merged checkpoint"):
+        updated_recipe(scene / "base", [scene / "turn"], [])
+    with pytest.raises(UserError, match="Two experts are named 'pick'"):
+        merge(updated_recipe(out, [scene / "pick"], []), out)
+    write_expert(scene / "push", scene / "base", 77)
+    with pytest.raises(UserError, match=r"'push' of .* is gone from .* or has changed"):
+        updated_recipe(out, [], ["turn"])
+    assert updated_recipe(out, [], ["push"]).experts[1].path.name == "turn"
+    (out / "recipe.yaml").write_text("version: 1")
+    with pytest.raises(UserError, match="is not the recipe that"):
+        updated_recipe(out, [], ["push"])
+    assert cli.run(["merge", str(scene / "out.yaml")]) == 2

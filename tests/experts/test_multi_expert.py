@@ -76,7 +76,7 @@ def test_a_merge_switches_to_each_tasks_weights(skills, tmp_path, entries):
     places = {name: value.data_ptr() for name, value in live.items()}
     merged = {name: value.clone() for name, value in live.items()}
     for expert in (1, 0, 2, 0):
-        policy.switch(expert)
+        policy.live.switch(expert)
         for name, value in (merged | dict(on_disk.task_weights(NAMES[expert]))).items():
             assert torch.equal(live[name], value), name
     assert {name: value.data_ptr() for name, value in policy.policy.state_dict().items()} == places

@@ -55,18 +55,33 @@ _BASE_MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """Merge LoRA experts into one checkpoint."""
+    """Merge LoRA experts into one checkpoint, or update a merge."""
 
     recipe: Annotated[Path, tyro.conf.Positional]
-    """YAML recipe; `vla.experts.recipe` describes it."""
-    out: Path
-    """Folder of the merged checkpoint; an earlier merge there is replaced."""
+    """YAML recipe; `vla.experts.recipe` describes it. With --add or --remove, the folder of a merge."""
+    out: Path | None = None
+    """Folder of the merged checkpoint; an earlier merge there is replaced. An update stays in its folder."""
+    add: tuple[Path, ...] = ()
+    """Folders of experts to add to the merge, after those that it has."""
+    remove: tuple[str, ...] = ()
+    """Names of experts to take out of the merge."""
 
 
 def run_merge(config: MergeConfig) -> None:
-    """Merge as the recipe says and print what came out."""
-    manifest = merge(load_recipe(config.recipe), config.out)
-    print(f"{config.out}: " + ", ".join(f"{n} {kind}" for kind, n in manifest["tensors"].items()))
+    """Merge as the recipe says, or update a merge, and print what came out."""
+    if config.add or config.remove:
+        from vla.experts.merge_update import updated_recipe
+
+        recipe, out = updated_recipe(config.recipe, config.add, config.remove), config.out or config.recipe
+    elif config.out is None:
+        raise UserError("--out is missing: name the folder of the merged checkpoint.")
+    else:
+        recipe, out = load_recipe(config.recipe), config.out
+    _print_merge(merge(recipe, out), out)
+
+
+def _print_merge(manifest: Mapping[str, Any], out: Path) -> None:
+    print(f"{out}: " + ", ".join(f"{n} {kind}" for kind, n in manifest["tensors"].items()))
     if manifest["masks"]:
         real, null = manifest["masks"]["experts"], manifest["masks"]["null_model"]
         for name, ratio in real["keep"].items():

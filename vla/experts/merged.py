@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
+from vla.contract import CONTRACT_FILE
 from vla.errors import UserError, nearest
 from vla.experts.lora_expert import BASE_WEIGHTS_FILE, base_hash
 from vla.experts.merge import DELTA_FILE, EXPERTS_FOLDER, MASK_FILE, MERGE_FILE, MERGE_VERSION, PRIVATE_FILE
 from vla.experts.task_masks import masked_weights, unpack
-from vla.experts.tensor_stream import TensorFile
+from vla.experts.tensor_stream import TensorFile, file_hash
 from vla.json_file import load_json
 
 
@@ -50,6 +52,21 @@ class MergedCheckpoint:
     def experts(self) -> tuple[str, ...]:
         """Names of the tasks."""
         return tuple(expert["name"] for expert in self.manifest["experts"])
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over the hashes of everything that the merge wrote, and of its base."""
+        content = {"base": self.manifest["base"]["sha256"], "outputs": self.manifest["outputs"]}
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+        for path in sorted(self.folder.rglob(CONTRACT_FILE)):
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+    def verify(self) -> None:
+        """Raise `UserError` if a tensor file is not what the merge wrote."""
+        for file, expected in self.manifest["outputs"].items():
+            if not (self.folder / file).is_file() or file_hash(self.folder / file) != expected:
+                raise UserError(f"{self.folder / file} is not what the merge wrote; merge again.")
 
     def task_weights(self, expert: str) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor in which the task differs from ``model.safetensors``, in that file's dtypes.

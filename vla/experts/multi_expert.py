@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vla.errors import UserError, nearest
 from vla.policy.checkpoint import LoadedPolicy
-from vla.policy.instruction import encode
+from vla.policy.processor_cogmerge import InstructionStep
 from vla.policy.routing import masked_mean
 
 #: Where the language model stands in the policy; its layers see text first.
@@ -93,7 +93,8 @@ class MultiExpertPolicy(ABC):
     @torch.no_grad()
     def embed_instruction(self, text: str) -> Tensor:
         """Mean word embedding of `text` in the base, (d,), float32: the condition of every FiLM."""
-        tokens, valid = encode([text], self.policy.config.tokenizer)
+        step = next(s for s in self.base.preprocessor.steps if isinstance(s, InstructionStep))
+        tokens, valid = step.tokenize([text])
         device = next(self.policy.parameters()).device
         embedded = self.policy.model.decoder.embed(tokens.to(device))
         return masked_mean(embedded, valid.to(device))[0].float().cpu()

@@ -120,13 +120,22 @@ def load_recipe(path: Path) -> Recipe:
         text = path.read_text()
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"There is no recipe {path}.") from None
+    return parse_recipe(text, path)
+
+
+def parse_recipe(text: str, path: Path) -> Recipe:
+    """Validate the text of a recipe that stands, or would stand, at `path`; raises as `load_recipe` does."""
     try:
-        content = yaml.load(text, Loader=_StrictLoader)
-        return _parse(content, path.parent, text)
+        return _parse(read_yaml(text), path.parent, text)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     except UserError as error:
         raise UserError(f"In the recipe {path}: {error}") from None
+
+
+def read_yaml(text: str) -> Any:
+    """The content of a recipe before it is validated; raises `UserError` or `yaml.YAMLError`."""
+    return yaml.load(text, Loader=_StrictLoader)
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -99,9 +99,12 @@ class InstructionStep(ObservationProcessorStep):
             raise UserError(
                 f"The batch has no instruction: 'task' is {texts!r}, expected one string per sample."
             )
-        prompts = [self.prompt.replace("{instruction}", text) for text in texts]
-        tokens, valid = encode(prompts, self._tokenizer())
+        tokens, valid = self.tokenize(list(texts))
         return observation | {OBS_LANGUAGE_TOKENS: tokens, OBS_LANGUAGE_ATTENTION_MASK: valid}
+
+    def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids (B, T) and their validity (B, T) of instructions, put into the prompt."""
+        return encode([self.prompt.replace("{instruction}", text) for text in texts], self._tokenizer())
 
     def get_config(self) -> dict[str, Any]:
         """Return what the checkpoint records of this step."""
@@ -137,6 +140,7 @@ def make_cogmerge_pre_post_processors(
     pass such a feature through untouched, and the policy would train and run on raw values.
     """
     require_statistics(config, dataset_stats or {})
+    _require_vocabulary(config)
     steps = make_default_policy_processor_steps(config, dataset_stats, normalizer_device=config.device)
     return make_policy_processor_pipelines(
         input_steps=[
@@ -149,6 +153,18 @@ def make_cogmerge_pre_post_processors(
         ],
         output_steps=[steps.unnormalize, steps.to_cpu],
     )
+
+
+def _require_vocabulary(config: CogMergeConfig) -> None:
+    """Raise `UserError` when the tokenizer gives ids that a pretrained decoder has no embedding for."""
+    if config.decoder_config is None:
+        return
+    ids, rows = load_tokenizer(config.tokenizer).get_vocab_size(), config.decoder_config["vocab_size"]
+    if ids > rows:
+        raise UserError(
+            f"The tokenizer '{config.tokenizer}' has {ids} tokens, the decoder embeds {rows}; use the"
+            " decoder's own tokenizer."
+        )
 
 
 def require_statistics(config: CogMergeConfig, statistics: Mapping[str, Mapping[str, Any]]) -> None:

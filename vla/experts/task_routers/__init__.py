@@ -20,11 +20,16 @@ TASK_ROUTERS: dict[str, type[TaskRouter]] = {
 
 def make_task_router(name: str, policy: MultiExpertPolicy, settings: RouterSettings) -> TaskRouter:
     """Make the router `name` for `policy`; raises `UserError` for what it lacks or does not take."""
+    require_router(name, settings.parity)
+    return TASK_ROUTERS[name](policy, settings)
+
+
+def require_router(name: str, parity: bool = False) -> None:
+    """Raise `UserError` unless there is a router `name`, with a published form if `parity` is asked for."""
     if name not in TASK_ROUTERS:
         raise UserError(
             f"There is no task router '{name}'.{nearest(name, TASK_ROUTERS)} Choose from"
             f" {', '.join(TASK_ROUTERS)}."
         )
-    if settings.parity and not TASK_ROUTERS[name].has_published_form:
+    if parity and not TASK_ROUTERS[name].has_published_form:
         raise UserError(f"The task router '{name}' has no published form; leave out the parity option.")
-    return TASK_ROUTERS[name](policy, settings)
