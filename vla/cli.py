@@ -61,6 +61,12 @@ COMMANDS: dict[str, Command] = {
         "bank_create",
     ),
     "bank add": Command("add an expert to a bank", "vla.experts.bank_folder", "BankAddConfig", "bank_add"),
+    "bank fit-probe": Command(
+        "fit the probe router of a bank or merge",
+        "vla.evaluation.probe_fitting",
+        "FitProbeConfig",
+        "run_fit_probe",
+    ),
     "bank remove": Command(
         "remove an expert from a bank", "vla.experts.bank_folder", "BankRemoveConfig", "bank_remove"
     ),

@@ -5,6 +5,7 @@ import pytest
 
 # Worker processes import the scripted policy by name; spawned children inherit sys.path.
 sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1] / "experts"))  # for tiny_skills
 
 
 @pytest.fixture

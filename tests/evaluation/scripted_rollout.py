@@ -17,6 +17,7 @@ from vla.contract import PolicyContract
 from vla.errors import UserError
 from vla.policy.routing_report import RoutingReport
 from vla.sim.simulation import SimulationError, sim_interface
+from vla.sim.suites import load_suite
 
 SIZE = 32
 CHUNK = 8
@@ -149,3 +150,19 @@ class Simulate:
 
     def __call__(self, suite, task, image_size):
         return ScriptedSimulation(suite, task, image_size, self.trouble)
+
+
+class SpokenScene(ScriptedSimulation):
+    """The scripted simulation with the task's own instruction."""
+
+    def __init__(self, suite, task, image_size, trouble):
+        super().__init__(suite, task, image_size, trouble)
+        self.language = load_suite(suite).task(task).language
+
+
+@dataclass(frozen=True)
+class SpokenSimulate(Simulate):
+    """A picklable factory of scripted simulations that say what is asked."""
+
+    def __call__(self, suite, task, image_size):
+        return SpokenScene(suite, task, image_size, self.trouble)

@@ -14,7 +14,7 @@ from vla.errors import UserError
 from vla.evaluation.display import RunDisplay, print_scores
 from vla.evaluation.files import output_folder
 from vla.evaluation.plan import PLAN_FILE, Plan, episode_name, make_plan
-from vla.evaluation.policy_source import SHIPPED_CHECKPOINT, CheckpointSource, PolicySource
+from vla.evaluation.policy_source import SHIPPED_CHECKPOINT, PolicySource, open_source
 from vla.evaluation.records import ERROR, FAILURE, EpisodeLog, EpisodeRecord
 from vla.evaluation.report import write_report
 from vla.evaluation.rollout import (
@@ -27,6 +27,7 @@ from vla.evaluation.rollout import (
 )
 from vla.evaluation.schedule import EpisodeQueue
 from vla.evaluation.summary import save_summary, summarise
+from vla.evaluation.task_routed import holds_experts
 from vla.evaluation.workers import Backend, LocalWorkers, supervise
 from vla.runtime.chunk_scheduling import default_horizon
 from vla.sim.episode import Episode
@@ -40,7 +41,18 @@ class EvalConfig:
     """Measure a checkpoint in LIBERO, or on the emulated SO101's table."""
 
     checkpoint: Path = SHIPPED_CHECKPOINT
-    """Folder of the checkpoint: a training run, its checkpoints/last, or a pretrained_model folder."""
+    """A checkpoint (training run, its checkpoints/last, pretrained_model folder), expert, bank or merge."""
+    task_router: str | None = None
+    """Who chooses the expert of a bank or merge: oracle (the default), language, value_subspace or probe; any
+    but the oracle is measured beside it. `none` takes a merge as the ordinary checkpoint that it also is."""
+    task_router_margin: float | None = None
+    """Lead over the second expert below which the router abstains; its own by default."""
+    task_router_parity: bool = False
+    """Use the published form of the router where ours differs (value_subspace)."""
+    reroute_every: int = 0
+    """Choose the expert again every so many queries; 0 chooses once per episode."""
+    task_experts: tuple[str, ...] = ()
+    """Which expert is right, as SUITE=EXPERT or SUITE:TASK=EXPERT, where the experts' cards do not say."""
     suite: tuple[str, ...] = ("libero_object",)
     """One or several suites: LIBERO, LIBERO-PRO (libero_object_swap, ...) or so101_tabletop."""
     tasks: str | None = None
@@ -81,7 +93,14 @@ class EvalConfig:
 
 def evaluate(config: EvalConfig) -> None:
     """Run `vla eval`; raise `UserError` for bad input, or at the end if episodes ended in an error."""
-    evaluate_source(config, CheckpointSource.open(config.checkpoint))
+    if config.task_router != "none" and holds_experts(config.checkpoint):
+        from vla.evaluation.task_routing import evaluate_experts
+
+        evaluate_experts(config)
+        return
+    if config.task_router not in (None, "none"):
+        raise UserError(f"{config.checkpoint} is neither a bank nor a merge; leave out --task-router.")
+    evaluate_source(config, open_source(config.checkpoint))
 
 
 def evaluate_source(
@@ -93,20 +112,7 @@ def evaluate_source(
     for name in config.suite:
         load_suite(name)  # an unknown suite is the first thing to say
     check_contract(contract, config.suite)
-    plan = make_plan(
-        suites=config.suite,
-        tasks=config.tasks,
-        init_states=config.init_states,
-        episodes_per_task=config.episodes_per_task,
-        seed=config.seed,
-        protocol=config.step_limit,
-        max_steps=config.max_steps,
-        checkpoint_hash=source.hash,
-        n_action_steps=_action_steps(config, contract),
-        image_size=image_size(contract),
-        scheduler=config.scheduler,
-        policy_delay=config.policy_delay,
-    )
+    plan = plan_of(config, source)
     started = time.monotonic()
     with output_folder(config.out, resume=config.resume, overwrite=config.overwrite) as folder:
         _settle_plan(plan, folder)
@@ -122,6 +128,25 @@ def evaluate_source(
     print_scores(summary, report)
     _complain(records, unrepeated, report)
     return summary
+
+
+def plan_of(config: EvalConfig, source: PolicySource) -> Plan:
+    """The plan that `config` asks for with `source`; raises `UserError` as `make_plan` does."""
+    contract = source.contract
+    return make_plan(
+        suites=config.suite,
+        tasks=config.tasks,
+        init_states=config.init_states,
+        episodes_per_task=config.episodes_per_task,
+        seed=config.seed,
+        protocol=config.step_limit,
+        max_steps=config.max_steps,
+        checkpoint_hash=source.hash,
+        n_action_steps=_action_steps(config, contract),
+        image_size=image_size(contract),
+        scheduler=config.scheduler,
+        policy_delay=config.policy_delay,
+    )
 
 
 def _mark_in_curves(out: Path) -> None:
