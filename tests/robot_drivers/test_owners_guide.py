@@ -11,6 +11,7 @@ import vla.robot_drivers
 from vla import cli
 from vla.robot_drivers.so101 import driver
 from vla.runtime.robot import preflight, run
+from vla.runtime.robot.joint_mapping import CONVENTIONS
 
 GUIDE = Path(vla.robot_drivers.__file__).parent / "so101" / "OWNERS_GUIDE.md"
 TEXT = GUIDE.read_text()
@@ -21,6 +22,7 @@ def commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     quoted = [it for it in re.findall(r"`([^`\n]+)`", TEXT) if it.startswith(("vla ", "lerobot-"))]
+    quoted = [it for it in quoted if it not in CONVENTIONS]
     return [line.split(" #")[0].strip() for line in (*lines, *quoted) if line.strip()]
 
 
