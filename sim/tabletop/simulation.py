@@ -19,6 +19,7 @@ from vla.robot_drivers.emulation.direct import direct_driver
 from vla.robot_drivers.emulation.line import EmulatedLine
 from vla.robot_drivers.emulation.renderer import SceneRenderer
 from vla.robot_drivers.emulation.tabletop import CAMERAS, INSTRUCTION, Tabletop
+from vla.robot_drivers.so101.driver import so101_info
 from vla.robot_drivers.so101.interface import from_policy, so101_interface, to_policy
 from vla.robot_drivers.supervisor import Mode, Supervisor
 from vla.sim.episode import Episode
@@ -52,6 +53,7 @@ class TabletopSimulation:
         self.image_size, self.multisample = image_size, multisample
         self.table = Tabletop()
         self.period = 1 / (CONTROL_RATE * CYCLES)  # s, one cycle of the arm's loop
+        self.driver_info = so101_info(self.table.calibration)
         self.success = False
         self._now = 0.0
         self._renderer: SceneRenderer | None = None

@@ -1,6 +1,7 @@
 """LeRobot's own, unmodified SO101 follower drives the emulated bus."""
 
 import json
+import math
 
 import pytest
 
@@ -47,3 +48,40 @@ def be_patient(port) -> None:
         port.packet_timeout *= 100
 
     port.setPacketTimeout = generous
+
+
+@pytest.mark.slow  # LeRobot's imports
+def test_lerobots_follower_sees_and_moves_the_arm_at_its_table():
+    from lerobot.robots.so_follower import SO101Follower, SO101FollowerConfig
+
+    from lerobot_policy_cogmerge import CogMergeEmulatedCameraConfig
+
+    with Emulator(lockstep=0.04, tabletop=3, cameras=(48, 64)) as emulator:
+        cameras = {
+            name: CogMergeEmulatedCameraConfig(
+                address=emulator.camera_address, camera=name, width=64, height=48
+            )
+            for name in ("top", "wrist")
+        }
+        file = emulator.calibration_file
+        config = SO101FollowerConfig(
+            port=emulator.port, id=file.stem, calibration_dir=file.parent, cameras=cameras
+        )
+        robot = SO101Follower(config)
+        be_patient(robot.bus.port_handler)
+        robot.connect()  # asks nothing: the servos carry the calibration of the file
+        before = robot.get_observation()
+        assert before["top"].shape == before["wrist"].shape == (48, 64, 3)
+        start = {key: value for key, value in before.items() if key.endswith(".pos")}
+        for k in range(40):
+            robot.send_action(start | {"shoulder_pan.pos": min(k, 20) + start["shoulder_pan.pos"]})
+        after = robot.get_observation()
+        moved = emulator.look()["angles"][0]
+        assert after["shoulder_pan.pos"] - start["shoulder_pan.pos"] == pytest.approx(20, abs=0.3)
+        assert after["shoulder_pan.pos"] == pytest.approx(math.degrees(moved), abs=0.2)
+        assert (after["top"] != before["top"]).any()
+        assert (after["top"] == emulator.camera("top").read()).all()
+        robot.disconnect()
+        cameras["top"].width = 640
+        with pytest.raises(ConnectionError, match="is 48x64, not 48x640"):
+            SO101Follower(config).cameras["top"].connect()

@@ -1,6 +1,7 @@
 """The emulated arm at its table: layouts, the goal, cameras, and the same world behind a serial port."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -161,6 +162,28 @@ def test_the_serial_port_and_the_direct_bus_show_the_same_world(emulator, table)
     for ours, theirs in zip(in_process, over_wire, strict=True):
         assert np.array_equal(ours, theirs)
     assert np.ptp(over_wire[0], axis=0).min() > 0.25
+
+
+def test_in_real_time_the_arm_moves_with_the_clock_while_it_is_watched():
+    with Emulator(tabletop=7, cameras=SIZE) as emulator:
+        driver = So101Driver(emulator.port, emulator.calibration, reply_timeout=5.0)
+        driver.open()
+        driver.enable()
+        start = driver.read().q
+        began, world = time.monotonic(), emulator.look()["time"]
+        goal = start + np.array([1.0, 0.0, -0.5, 0.0, 0.0, 0.0])
+        driver.write(goal)
+        camera = emulator.camera("top")
+        frames = [camera.read()]
+        while np.abs(driver.read().q - goal).max() > 0.01:
+            frames.append(camera.read())
+            assert time.monotonic() - began < 60
+        assert (frames[0] != frames[-1]).any()
+        took = emulator.look()["time"] - world
+        assert 0.3 < took <= time.monotonic() - began + 0.05  # a radian at 2.4 rad/s, and never early
+        camera.close()
+        assert driver.disable() == []
+        driver.close()
 
 
 def test_things_are_rearranged_while_the_arm_stays(emulator, table):

@@ -4,8 +4,16 @@ LeRobot imports the package named like this distribution and swallows errors, so
 imported here unguarded. Processor steps must be imported because a checkpoint's JSON names them.
 """
 
+from lerobot_policy_cogmerge.camera_cogmerge import CogMergeEmulatedCamera, CogMergeEmulatedCameraConfig
 from lerobot_policy_cogmerge.env_cogmerge import CogMergeLiberoEnv
 from vla.policy.configuration_cogmerge import CogMergeConfig
 from vla.policy.processor_cogmerge import InstructionStep, ResizeImagesStep
 
-__all__ = ["CogMergeConfig", "CogMergeLiberoEnv", "InstructionStep", "ResizeImagesStep"]
+__all__ = [
+    "CogMergeConfig",
+    "CogMergeEmulatedCamera",
+    "CogMergeEmulatedCameraConfig",
+    "CogMergeLiberoEnv",
+    "InstructionStep",
+    "ResizeImagesStep",
+]
