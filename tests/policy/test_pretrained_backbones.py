@@ -275,6 +275,13 @@ def test_a_smaller_vocabulary_is_padded(dual, folders):
     assert embedding.shape == (320, 32) and torch.equal(embedding[:300], plain)
 
 
+def test_a_tokenizer_of_another_model_is_refused(dual):
+    config = dual(tokenizer="nano")
+    config.decoder_config = config.decoder_config | {"vocab_size": 300}
+    with pytest.raises(UserError, match="the decoder embeds 300; use the decoder's own tokenizer"):
+        make_cogmerge_pre_post_processors(config, STATISTICS)
+
+
 def test_concatenated_encoders_share_one_projector(dual, make_batch):
     config = dual(vision_fusion="concat")
     policy = CogMergePolicy(config).eval()
