@@ -142,7 +142,7 @@ class Leaving:
     def seen_at_rest(self) -> bool:
         """Whether a sample taken now shows every joint at the rest pose."""
         try:
-            q = self.supervisor.driver.read().q  # also what a lost cycle did not see
+            q = self.supervisor.look().q  # also what a lost cycle did not see
         except DriverFault:
             return False
         return self.supervisor.is_rest(q)
@@ -158,9 +158,10 @@ class Leaving:
         return self.supervisor.at_rest and not self.supervisor.moving
 
     def _pause(self, begin: float) -> None:
-        """Sleep until the next control period, counted from `begin`."""
+        """Sleep until the next control period, counted from `begin`; one that is all but over is skipped."""
         period = 1 / self.info.control_rate
-        self.sleep(period - (self.clock() - begin) % period)
+        left = period - (self.clock() - begin) % period
+        self.sleep(left if left > 0.01 * period else left + period)
 
 
 def _joints(fault: DriverFault) -> tuple[str, ...]:

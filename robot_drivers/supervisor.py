@@ -67,13 +67,18 @@ class SupervisorConfig:
     """Fraction of the joints' velocity bounds on the way to the rest pose."""
     rest_tolerance: float = 0.03
     """Fraction of a joint's range within which it counts as at rest."""
+    behind: float = 0.06
+    """Fraction of its range by which a joint may stay behind its command for longer than `behind_after`."""
+    behind_after: float = 3.0
+    """A joint that is further behind for so long does not follow: blocked, or its encoder stands still."""
 
     def __post_init__(self):
         ordered = 0 < self.stale_hold < self.stale_rest and 0 < self.sample_patience <= self.lost_after
-        if not ordered or not 0 < self.rest_speed <= 1 or not 0 < self.rest_tolerance < 1:
+        fractions = (self.rest_speed, self.rest_tolerance, self.behind)
+        if not ordered or not all(0 < it <= 1 for it in fractions) or not self.behind_after > 0:
             raise UserError(
                 f"{self} cannot work: it needs 0 < stale_hold < stale_rest, 0 < sample_patience <="
-                " lost_after, and rest_speed and rest_tolerance in (0, 1]."
+                " lost_after, behind_after > 0, and rest_speed, rest_tolerance and behind in (0, 1]."
             )
 
 
@@ -141,6 +146,7 @@ class Supervisor:
         self._posted: tuple[float, Mapping[str, float]] | None = None
         self._active: float | None = None  # when a setpoint was last followed
         self._missed = 0  # samples in a row
+        self._followed = np.zeros(0)  # when each joint was last near its command
         self.ramp: Ramp | None = None
         self._state: State | None = None
 
@@ -149,7 +155,7 @@ class Supervisor:
         self._require("open", Mode.OFF)
         try:
             self.driver.open()
-            self._state = self._read()
+            self._state = self.look()
         except UserError:
             self.driver.close()
             raise
@@ -162,14 +168,14 @@ class Supervisor:
         without torque.
         """
         self._require("enable", Mode.OPEN)
-        state = self._read()
+        state = self.look()
         if state.faults:
             raise state.faults[0]
         filtered = self.filter.start(now, state.q)  # refuses before any torque is on
         self.touched = self.holding = True
         try:
             self.driver.enable()
-            self._state = self._read()
+            self._state = self.look()
             faults = self._faults(self._state)
             if faults:
                 raise faults[0]
@@ -179,6 +185,7 @@ class Supervisor:
                 self.holding = False
             raise
         self._filtered, self._posted, self._active, self._missed = filtered, None, None, 0
+        self._followed = np.full(len(filtered.q), now)
         self.mode = Mode.HOLD
 
     def setpoint(self, q: Mapping[str, float], now: float) -> None:
@@ -248,7 +255,7 @@ class Supervisor:
             self.driver.close()
             self.driver.open()
         self.driver.clear_faults()
-        state = self._read()
+        state = self.look()
         if state.faults:
             raise state.faults[0]
         self._state, self.fault, self._missed, self.mode = state, None, 0, Mode.OPEN
@@ -269,7 +276,7 @@ class Supervisor:
         asked = self._asked(now)
         return self._command(now, asked, fresh)
 
-    def _read(self) -> State:
+    def look(self) -> State:
         """Return a sample of an arm that stands: here one lost reply is not worth a failure."""
         for _ in range(PATIENCE - 1):
             try:
@@ -291,7 +298,7 @@ class Supervisor:
             self._latch(Mode.LOST, fault)
             return False
         self._state, self._missed = state, 0
-        faults = self._faults(state) if self.mode in ENERGISED else ()
+        faults = (*self._faults(state), *self._behind(now, state)) if self.mode in ENERGISED else ()
         if faults:
             self._latch(Mode.FAULT, faults[0])
         return True
@@ -304,6 +311,19 @@ class Supervisor:
             if not on
         ]
         return (*state.faults, *limp)
+
+    def _behind(self, now: float, state: State) -> list[ServoFault]:
+        """Return the joints that do not follow. A gripper may: it holds something."""
+        info = self.driver.info
+        near = np.abs(self._filtered.q - state.q) <= self.config.behind * (info.upper - info.lower)
+        self._followed = np.where(near, now, self._followed)
+        return [
+            ServoFault(
+                joint.name, ["no motion towards its goal"], "Free it or check its encoder, then reset."
+            )
+            for joint, since in zip(info.joints, self._followed, strict=True)
+            if joint.kind != "gripper" and now - since > self.config.behind_after
+        ]
 
     def _latch(self, mode: Mode, fault: DriverFault) -> None:
         if self.fault is None or mode is Mode.LOST:

@@ -15,8 +15,8 @@ from .servo import EmulatedServo
 STEP = 0.004
 """Seconds of the world between two looks of the servos at their tables."""
 
-Kind = Literal["drop", "corrupt", "delay", "short", "noise", "lose_byte"]
-KINDS = ("drop", "corrupt", "delay", "short", "noise", "lose_byte")
+Kind = Literal["drop", "corrupt", "delay", "short", "noise", "lose_byte", "flip"]
+KINDS = ("drop", "corrupt", "delay", "short", "noise", "lose_byte", "flip")
 
 
 @dataclass
@@ -25,7 +25,8 @@ class Injection:
 
     ``drop`` loses the reply, ``corrupt`` damages its checksum, ``delay`` sends it `seconds` late, ``short``
     sends one parameter byte less in a valid packet, ``noise`` puts garbage before it, ``lose_byte`` omits
-    one byte. Each reply is hit with `probability`; one that is not does not count.
+    one byte, ``flip`` turns one bit of the packet over. Each reply is hit with `probability`; one that is not
+    does not count.
     """
 
     kind: Kind
@@ -154,6 +155,8 @@ class EmulatedLine:
             wire[-1] ^= 0x5A
         if "noise" in kinds:
             prefix = bytes([0xFF, 0xFF, 0x07, 0x00, 0xFF])
+        if "flip" in kinds:
+            wire[self._rng.randrange(len(wire))] ^= 1 << self._rng.randrange(8)
         if "lose_byte" in kinds:
             lost = self._rng.randrange(len(wire))
             del wire[lost]

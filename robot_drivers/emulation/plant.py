@@ -89,6 +89,7 @@ class Plant:
         if len(servos) != len(JOINTS):
             raise ValueError(f"an SO101 has {len(JOINTS)} servos, got {len(servos)}")
         self.model, self.data, self.servos = model, data, list(servos)
+        self.payload = 0.0  # kg between the jaws
         self._qpos = [int(model.joint(name).qposadr[0]) for name in JOINTS]
         self._dof = [int(model.joint(name).dofadr[0]) for name in JOINTS]
         self._actuator = [model.actuator(name).id for name in JOINTS]
@@ -108,6 +109,19 @@ class Plant:
             servo.aim, servo._pace = servo.encoder, 0.0
             servo.put(r.GOAL_POSITION, round(servo.encoder) - servo.get(r.HOMING_OFFSET))
 
+    def _carry(self) -> None:
+        """Let `payload` pull at the point between the jaws."""
+        site = self.model.site("grasp").id
+        body = int(self.model.site_bodyid[site])
+        force = self.payload * self.model.opt.gravity
+        arm = self.data.site_xpos[site] - self.data.xipos[body]
+        self.data.xfrc_applied[body] = np.concatenate([force, np.cross(arm, force)])
+
+    @property
+    def height(self) -> float:
+        """Metres from the table to the point between the jaws."""
+        return float(self.data.site("grasp").xpos[2])
+
     def angles(self) -> np.ndarray:
         """Return the joint angles of the model, (6,) rad."""
         return self.data.qpos[self._qpos].copy()
@@ -121,6 +135,7 @@ class Plant:
         """Let `dt` seconds pass."""
         for i, servo in enumerate(self.servos):
             self._pull(i, *servo.command(dt), servo.jammed)
+        self._carry()
         substeps = max(1, round(dt / SUBSTEP))
         self.model.opt.timestep = dt / substeps
         mujoco.mj_step(self.model, self.data, substeps)

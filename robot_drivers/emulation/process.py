@@ -240,6 +240,10 @@ class EmulatorProcess:
             case "arrange":
                 self._tabletop().arrange(self._tabletop().layout(request["seed"]))
                 self._publish()
+            case "payload":
+                self._tabletop().plant.payload = float(request["mass"])
+            case "pose":
+                self._tabletop().plant.pose(request["angles"])
             case "look":
                 return self._look()
             case unknown:
@@ -258,6 +262,7 @@ class EmulatorProcess:
             "cube": table.cube_pose[0].tolist(),
             "bowl": table.bowl_position.tolist(),
             "angles": table.plant.angles().tolist(),
+            "height": table.plant.height,
             "time": table.data.time,
         }
 

@@ -76,7 +76,7 @@ class Tabletop:
         """Put new servos, arm, cube and bowl where `seed` says; return the layout."""
         layout = self.layout(seed)
         mujoco.mj_resetData(self.model, self.data)
-        self.plant.servos = motor_servos(self.calibration)
+        self.plant.servos, self.plant.payload = motor_servos(self.calibration), 0.0
         self.arrange(layout)
         self.plant.pose(layout.arm)
         return layout
