@@ -1,0 +1,84 @@
+"""A policy small enough to trace in a second, with processors and contract, whose routers and FiLMs act."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from lerobot.configs import FeatureType, PolicyFeature
+
+from vla.policy.checkpoint import LoadedPolicy
+from vla.policy.configuration_cogmerge import CogMergeConfig
+from vla.policy.manifest import make_contract
+from vla.policy.modeling_cogmerge import CogMergePolicy
+from vla.policy.processor_cogmerge import make_cogmerge_pre_post_processors
+from vla.sim.simulation import sim_interface
+
+SIZE = 64
+INSTRUCTIONS = (
+    "open the drawer",
+    "pick up the alphabet soup and place it in the basket next to the butter",
+    "put the wine bottle on top of the cabinet",
+)
+
+
+def small_checkpoint(**changes) -> LoadedPolicy:
+    interface = sim_interface(SIZE)
+    image = PolicyFeature(FeatureType.VISUAL, (3, SIZE, SIZE))
+    sizes = {
+        "image_size": 32,
+        "stem_width": 16,
+        "vision_dim": 32,
+        "vision_layers": 2,
+        "vision_heads": 2,
+        "aggregation_tokens": 4,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "decoder_layers": 3,
+        "decoder_heads": 2,
+        "decoder_kv_heads": 2,
+        "chunk_size": 4,
+        "n_action_steps": 4,
+    }
+    config = CogMergeConfig(
+        device="cpu",
+        input_features={camera.key: image for camera in interface.cameras}
+        | {"observation.state": PolicyFeature(FeatureType.STATE, (8,))},
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (7,))},
+        **sizes | changes,
+    )
+    generator = np.random.default_rng(0)
+    statistics = {
+        key: {
+            "min": generator.uniform(-3, -1, n).tolist(),
+            "max": generator.uniform(1, 3, n).tolist(),
+            "mean": generator.normal(size=n).tolist(),
+            "std": generator.uniform(0.5, 2, n).tolist(),
+        }
+        for key, n in (("observation.state", 8), ("action", 7))
+    }
+    torch.manual_seed(0)
+    policy = CogMergePolicy(config).eval()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    stats = {
+        key: {name: torch.tensor(numbers) for name, numbers in entry.items()}
+        for key, entry in statistics.items()
+    }
+    processors = make_cogmerge_pre_post_processors(config, stats)
+    return LoadedPolicy(policy, *processors, make_contract(config, interface, statistics), {}, Path("."))
+
+
+def requests(count: int, seed: int = 0):
+    generator = np.random.default_rng(seed)
+    return [
+        (
+            {
+                name: generator.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+                for name in ("image", "image2")
+            },
+            generator.normal(size=8).astype(np.float32),
+            INSTRUCTIONS[i % len(INSTRUCTIONS)],
+        )
+        for i in range(count)
+    ]
