@@ -1,5 +1,6 @@
 """The experiment trackers themselves, offline: what `vla train --logger` shows is what metrics.jsonl says."""
 
+import importlib
 import json
 import sys
 
@@ -36,6 +37,7 @@ def test_wandb_writes_offline_into_the_folder_of_the_run(small_run, monkeypatch)
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = small_run(steps=2, logger="wandb")
     train(config)
+    importlib.import_module("wandb").teardown()  # its service writes the last rows when it ends
     run_id = json.loads((config.out / "train.json").read_text())["run_id"]
     (file,) = (config.out / "wandb").glob(f"offline-run-*/run-{run_id}.wandb")
     content = file.read_bytes()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,21 @@ import torch
 from lerobot.utils.constants import PRETRAINED_MODEL_DIR, TRAINING_STATE_DIR
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from vla.errors import UserError
 from vla.evaluation.policy_source import CheckpointSource, open_source
 from vla.experts.expert_policy import find_base, find_expert, load_expert_policy
 from vla.experts.lora_expert import LoraExpert, base_hash, declare
 from vla.policy.checkpoint import load_checkpoint
+from vla.policy.head import initialise_head
 from vla.training.dataset import open_demonstrations
 from vla.training.loop import train
 from vla.training.lora import FULL, LoraSettings
 from vla.training.metrics import read_metrics
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "policy"))
+from tiny_backbones import save_decoder
 
 LAST = Path("checkpoints/last")
 LORA = LoraSettings(rank=3, alpha=5.0, rslora=True)
@@ -88,7 +94,7 @@ def test_an_expert_is_a_peft_folder_with_a_card_and_a_contract(expert_run, base)
     expert = LoraExpert.load(folder)
     assert expert.card.name == "pick"
     assert expert.card.base == base_hash(base)
-    assert expert.card.head_seed is None  # every part started from the base's
+    assert expert.card.head_seed == load_checkpoint(base).policy.config.head_seed == 0
     assert expert.card.instructions == ("open the drawer", "pick up the soup")
     assert find_base(folder) == base
     assert expert.contract == load_checkpoint(base).contract
@@ -200,6 +206,27 @@ def test_an_evaluation_takes_an_expert_like_a_checkpoint(expert_run, base, tmp_p
         copied.load()
 
 
+def test_a_head_started_anew_is_the_experts_own_and_says_its_seed(base, small_run, tmp_path):
+    fresh = {"policy": (), "steps": 1, "lr": 1e-30, "ema_decay": 0.0, "expert": "turn", "base": base}
+    train(small_run(**fresh, head_seed=7))
+    folder, before = find_expert(tmp_path / "run"), load_checkpoint(base)
+    expert = LoraExpert.load(folder)
+    assert expert.card.head_seed == 7
+    assert {"model.slots", "model.state_projector.0.bias"} <= set(expert.full_tensors)
+    initialise_head(before.policy, 7)
+    own = before.policy.state_dict()
+    head = [name for name in expert.full_tensors if name.startswith("model.action_decoder.")]
+    assert head
+    for name in head:  # biases start at zero, and the smallest step leaves that
+        torch.testing.assert_close(expert.tensors[name], own[name], rtol=0, atol=1e-12)
+    ours = load_expert_policy(base, folder)
+    batch = batch_for(ours)
+    expected = ours.policy.predict_action_chunk(batch)
+    torch.testing.assert_close(expected, before.policy.predict_action_chunk(batch), rtol=1e-5, atol=1e-6)
+    theirs = PeftModel.from_pretrained(load_checkpoint(base).policy, folder).eval()
+    torch.testing.assert_close(theirs.predict_action_chunk(batch), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_another_base_is_refused(expert_run, base, small_run, tmp_path):
     other = shutil.copytree(base, tmp_path / "other")
     weights = load_file(other / "model.safetensors")
@@ -233,10 +260,11 @@ BAD = {
     "no base": ({"expert": "pick"}, "both --expert NAME and --base"),
     "no name": ({"base": Path("x")}, "both --expert NAME and --base"),
     "init from": ({"expert": "a", "base": Path("x"), "init_from": Path("y")}, "leave out --init-from"),
-    "statistics": ({"statistics": "own"}, "--statistics own is for experts"),
+    "statistics": ({"statistics": "own"}, "--statistics own and --head-seed are for experts"),
     "options without rank": ({"lora": LoraSettings(alpha=4.0)}, "need --lora.rank"),
     "rank": ({}, "--lora.rank is 0"),
-    "nothing to adapt": ({"lora": LoraSettings(rank=4)}, "name it with --init-from"),
+    "nothing to adapt": ({"lora": LoraSettings(rank=4)}, "name a trained one with --init-from"),
+    "head seed": ({"head_seed": 1}, "--statistics own and --head-seed are for experts"),
     "base that is none": ({"expert": "pick", "base": Path("nowhere")}, "nowhere does not exist"),
 }
 
@@ -298,3 +326,26 @@ def test_low_rank_training_resumes_bit_for_bit(folded_run, small_run):
     assert_same_files(resumed, folded_run)
     first, second = (load_checkpoint(run).policy.state_dict() for run in (resumed, folded_run))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_new_parts_around_a_pretrained_backbone_are_trained_in_full(small_run, tmp_path):
+    folder = save_decoder(tmp_path / "llama")
+    sizes = tuple(
+        size for size in small_run().policy if not size.startswith(("hidden", "intermediate", "decoder"))
+    )
+    config = small_run(policy=(*sizes, f"decoder_backbone={folder}"), lora=LoraSettings(rank=2), lr=1e-2)
+    train(config)
+    shutil.rmtree(folder)  # the checkpoint is whole
+    state = load_checkpoint(config.out).policy.state_dict()
+    pretrained = LlamaForCausalLM.from_pretrained(save_decoder(tmp_path / "llama")).model.state_dict()
+    trained = load_file(config.out / LAST / TRAINING_STATE_DIR / "raw_model.safetensors")
+    for name, value in pretrained.items():
+        full_name = f"model.decoder.backbone.{name}"
+        assert full_name not in trained
+        delta = state[full_name] - value
+        if name.endswith("_proj.weight"):
+            assert delta.abs().max() > 0 and torch.linalg.matrix_rank(delta, rtol=1e-3) <= 2, name
+        else:
+            assert not delta.any(), name
+    outside = {name for name in state if not name.startswith("model.decoder.backbone.")}
+    assert outside == {name for name in trained if ".lora_" not in name}
