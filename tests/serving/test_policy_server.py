@@ -1,8 +1,12 @@
 """The server from outside: openpi's own client, our client, and clients that misbehave."""
 
+import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +115,7 @@ def test_keys_of_existing_clients_can_be_renamed(openpi):
         ({"prompt": None}, "no instruction"),
         ({"prompt": ""}, "send the task in words"),
         ({"prompt": 5}, "'prompt' is a int"),
+        ({"a": {"b": {"c": {"d": {"e": {"f": 1}}}}}}, "nested more than 4 maps deep"),
         ({"top": np.zeros((6, 8, 3), np.uint8)}, "has 'top' twice"),
     ],
 )
@@ -244,6 +249,35 @@ def test_a_policy_that_takes_too_long_is_a_lost_server():
             ask(policy)
         with pytest.raises(ServerLost):  # a late reply must not answer the next question
             ask(policy)
+
+
+def test_a_server_that_is_frozen_is_lost_even_when_it_takes_no_more_bytes():
+    program = """
+import asyncio, sys
+from dataclasses import replace
+sys.path.append(sys.argv[1])
+from served_policy import EchoPolicy, arm_contract
+from vla.contract import Camera
+from vla.serving.server import PolicyServer, Served
+contract = arm_contract()
+big = replace(contract.interface, cameras=(Camera("observation.images.top", 3000, 3000),))
+server = PolicyServer(Served(EchoPolicy, replace(contract, interface=big), {}))
+asyncio.run(server.run("127.0.0.1", 0, asyncio.Event(), lambda port: print(port, flush=True)))
+"""
+    command = [sys.executable, "-P", "-c", program, str(Path(__file__).parent)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        policy = remote(int(server.stdout.readline()), reply_timeout=1.0)
+        server.send_signal(signal.SIGSTOP)
+        begin = time.monotonic()
+        with pytest.raises(ServerLost):
+            policy.act({"top": np.zeros((3000, 3000, 3), np.uint8)}, np.zeros(6), "push")
+        policy.close()
+        assert time.monotonic() - begin < 15
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
 
 
 def test_a_policy_that_breaks_ends_its_own_connection_only():

@@ -5,6 +5,8 @@ Needs numpy, websockets and msgpack; no torch, so that it runs on the small comp
 
 from __future__ import annotations
 
+import socket
+import struct
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -70,10 +72,8 @@ class RemotePolicy:
         reply = self._ask({**images, STATE_KEY: np.asarray(state, np.float32), "prompt": instruction})
         actions = reply.get("actions") if isinstance(reply, dict) else None
         need = self.contract
-        if not isinstance(actions, np.ndarray) or actions.shape != (
-            need.chunk_size,
-            need.interface.action.dim,
-        ):
+        promised = (need.chunk_size, need.interface.action.dim)
+        if not isinstance(actions, np.ndarray) or actions.dtype.kind != "f" or actions.shape != promised:
             raise ServerRefused(f"{self.url} answered without the actions that its contract promises.")
         return actions.astype(np.float32)
 
@@ -98,7 +98,7 @@ class RemotePolicy:
                 close_timeout=1.0,
                 proxy=None,  # a control loop does not belong behind a web proxy
             )
-            return self._stack.enter_context(opening)
+            connection = self._stack.enter_context(opening)
         except InvalidStatus as error:
             sentence = (error.response.body or b"").decode(errors="replace").strip()
             raise ServerRefused(
@@ -110,6 +110,10 @@ class RemotePolicy:
             raise ServerLost(
                 f"There is no policy server at {self.url} ({error}); start one with `vla serve`."
             ) from None
+        # A server that is frozen takes no more bytes: without this, `send` would wait for ever.
+        seconds = struct.pack("ll", int(self._timeout), int(self._timeout % 1 * 1e6))
+        connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
+        return connection
 
     def _ask(self, message: Any) -> Any:
         try:

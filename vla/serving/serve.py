@@ -65,15 +65,19 @@ def serve_checkpoint(config: ServeConfig) -> None:
     source = CheckpointSource.open(config.checkpoint)
     served = serve_source(source, config)
     token = config.token or os.environ.get(TOKEN_VARIABLE)
-    server = PolicyServer(served, token=token, limits=limits, report=console.print)
-    if token is None and config.host not in LOOPBACK:
-        console.print(f"[yellow]Anyone who reaches {config.host} can use this policy: set {TOKEN_VARIABLE}.")
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, soft_wrap=True)
 
     def ready(port: int) -> None:
-        console.print(f"Serving {source.label} at ws://{config.host}:{port}. Ctrl-C ends it.")
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        say(f"Serving {source.label} at ws://{host}:{port}. Ctrl-C ends it.")
 
+    server = PolicyServer(served, token=token, limits=limits, report=say)
+    if token is None and config.host not in LOOPBACK:
+        say(f"Anyone who reaches {config.host} can use this policy: set {TOKEN_VARIABLE}.")
     asyncio.run(_until_signalled(server, config.host, config.port, ready))
-    console.print("The policy server has ended.")
+    say("The policy server has ended.")
 
 
 def serve_source(source: CheckpointSource, config: ServeConfig) -> Served:

@@ -17,6 +17,7 @@ from vla.contract import IMAGE_PREFIX, ContractError, PolicyContract
 
 INSTRUCTION_KEYS = ("prompt", "task")
 LONGEST_INSTRUCTION = 2000  # characters
+DEEPEST = 4  # maps within maps
 
 
 class Policy(Protocol):
@@ -112,6 +113,8 @@ def short_name(key: str) -> str:
 
 def _flat(message: Mapping[Any, Any], prefix: str = ""):
     """Yield the entries of nested maps with their keys joined by dots."""
+    if prefix.count(".") > DEEPEST:
+        raise ContractError(f"The observation is nested more than {DEEPEST} maps deep.")
     for key, value in message.items():
         if not isinstance(key, str):
             raise ContractError(f"The observation has the key {key!r}: keys are text.")

@@ -205,7 +205,7 @@ class Runner:
 
     def dry(self) -> None:
         """Show what would be sent. Torque stays as it is."""
-        dry = DryArm(self.arm, lambda line: self.console.print(line, markup=False, highlight=False))
+        dry = DryArm(self.arm, self._say)
         thread = PolicyThread(self.policy)
         loop = self._loop(dry, thread)
         with Interruption() as interruption:
@@ -215,7 +215,7 @@ class Runner:
             self.record.finish(end, loop.status, "not touched")
         if end.failed:
             raise UserError(f"{end.reason} Nothing has moved.")
-        self.console.print(f"{end.reason} Nothing has moved.")
+        self._say(f"{end.reason} Nothing has moved.")
 
     def steer(self) -> None:
         """Take hold of the arm, let the policy steer it, and leave it at rest."""
@@ -237,16 +237,16 @@ class Runner:
                 self.record.finish(end, loop.status, said)
         if end.failed or not safe:
             raise UserError(f"{end.reason} {said}" if said not in end.reason else end.reason)
-        self.console.print(f"{end.reason} {said}", highlight=False)
+        self._say(f"{end.reason} {said}")
         self._summary(loop)
 
     def _leave(self, end: RunEnd | None) -> tuple[str, bool]:
         """Bring the arm to rest and release it; return how that went in words, and whether it went well."""
-        self.console.print(f"{end.reason if end else 'The run failed.'} Bringing the arm to rest.")
+        self._say(f"{end.reason if end else 'The run failed.'} Bringing the arm to rest.")
         try:
             ending = self.arm.close()
         except KeyboardInterrupt:
-            self.console.print("Not waiting. The arm's own process still brings it to rest.")
+            self._say("Not waiting. The arm's own process still brings it to rest.")
             raise
         if ending is None:
             return (
@@ -279,11 +279,13 @@ class Runner:
 
     def _summary(self, loop: ControlLoop) -> None:
         status = loop.status
-        self.console.print(
+        self._say(
             f"{status.periods} control periods at {status.rate:.1f} Hz, {status.missed} deadlines missed;"
-            f" {status.queries} queries, {status.late} answered too late.",
-            highlight=False,
+            f" {status.queries} queries, {status.late} answered too late."
         )
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def stop_when(interruption: Interruption, tick=lambda: None):

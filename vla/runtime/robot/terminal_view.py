@@ -51,7 +51,7 @@ class TerminalView:
         now = time.monotonic()
         if self._live is None and now - self._said >= LINE_EVERY:
             self._said = now
-            self._console.print(self.line(), highlight=False, markup=False)
+            self._console.print(self.line(), highlight=False, markup=False, soft_wrap=True)
 
     def line(self) -> str:
         """Return the state of the run in one line."""
