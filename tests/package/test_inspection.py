@@ -91,7 +91,9 @@ def test_counting_a_policy_leaves_it_alone_and_allocates_nothing():
     assert not any(parameter.is_meta for parameter in policy.parameters())
 
 
-@pytest.mark.parametrize("preset", ["nano", "mergevla-0.5b", "cogvla-7b"])
+@pytest.mark.parametrize(
+    "preset", ["nano", "mergevla-0.5b", pytest.param("cogvla-7b", marks=pytest.mark.slow)]
+)
 def test_every_preset_is_inspected_from_the_command_line(preset, capsys):
     assert cli.run(["inspect", preset]) == 0
     shown = capsys.readouterr().out

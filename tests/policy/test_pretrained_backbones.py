@@ -175,6 +175,18 @@ def test_gradients_reach_routers_film_tokens_gate_and_backbones(dual, make_batch
     assert {name for name in silent if not name.endswith(("k_proj.bias", "key.bias"))} == set()
 
 
+def test_a_learned_slot_per_coordinate_instead_of_one_per_step(dual, make_batch):
+    """Outside parity too: 4 x 7 slots and the end, each learned, read where they stand."""
+    config = dual(action_decoder="coordinate_l1")
+    torch.manual_seed(0)
+    policy = CogMergePolicy(config)
+    assert policy.model.slots.shape == (4 * 7 + 1, 32)
+    batch = encode_batch(config, TEXTS, make_batch) | {"keyframe": torch.randn(2, 3)}
+    policy(batch)[0].backward()
+    assert (policy.model.slots.grad.abs().sum(-1) > 0).all()
+    assert policy.predict_action_chunk(batch).shape == (2, 4, 7)
+
+
 def saved(policy, config, folder):
     interface = Interface(
         cameras=tuple(Camera(key, 64, 64) for key in config.camera_keys),
