@@ -1,1 +1,1 @@
-"""LoRA experts: storage, merging and task masks."""
+"""LoRA experts: storage, banks, merging, task masks and task routers."""
