@@ -26,6 +26,8 @@ CUBE_REACH, CUBE_BEARING = (0.18, 0.25), math.radians(40)
 BOWL_REACH, BOWL_BEARING = (0.19, 0.25), math.radians(45)
 APART = 0.115
 """Metres between the centres of cube and bowl, at least."""
+HAND, CUBE_OFF_HAND, BOWL_OFF_HAND = (0.19, 0.0), 0.05, 0.085
+"""Where the jaws of the resting arm end, and how far from there cube and bowl must be, metres."""
 SHOULDER = (0.0388, 0.0)
 """Where the axis of the shoulder stands, metres."""
 
@@ -82,12 +84,13 @@ class Tabletop:
         return layout
 
     def layout(self, seed: int) -> Layout:
-        """Draw a layout; cube and bowl do not touch."""
+        """Draw a layout; cube, bowl and the resting hand do not touch."""
         rng = np.random.default_rng([seed, 0x50101])
         while True:
             cube = _polar(rng.uniform(*CUBE_REACH), rng.uniform(-CUBE_BEARING, CUBE_BEARING))
             bowl = _polar(rng.uniform(*BOWL_REACH), rng.uniform(-BOWL_BEARING, BOWL_BEARING))
-            if math.dist(cube, bowl) >= APART:
+            clear = math.dist(cube, HAND) >= CUBE_OFF_HAND and math.dist(bowl, HAND) >= BOWL_OFF_HAND
+            if clear and math.dist(cube, bowl) >= APART:
                 break
         yaw = float(rng.uniform(-math.pi / 4, math.pi / 4))  # a quarter turn looks the same
         arm = self.rest + REST_SPREAD * np.clip(rng.normal(size=len(self.rest)), -2, 2)

@@ -49,7 +49,7 @@ class TabletopDemonstrator:
         self._sim, self._table = sim, sim.table
         self._kinematics = Kinematics()
         self._manner = style.draw(np.random.default_rng(seed))
-        self._gripper = OPEN
+        self._gripper, self._off = OPEN, 0.0
 
     def actions(self) -> Actions:
         """Yield the next clean action (6,), degrees and percent, until the caller stops asking."""
@@ -74,7 +74,11 @@ class TabletopDemonstrator:
         yield from self._reach(lambda: self._solve(lifted, self._turn()), tolerance=0.10)
 
     def _place(self) -> Actions:
-        """Carry over the bowl, lower, let go, rise."""
+        """Carry over the bowl, lower, let go, rise.
+
+        The closing jaw has pushed the cube against the fixed one: the hand aims as far off the bowl's middle.
+        """
+        self._off = self._in_hand(self._table.cube_pose[0])
         air = READY_HEIGHT + self._manner.carry_clearance - 0.03
         yield from self._reach(lambda: self._above_bowl(air), tolerance=0.06)
         yield from self._reach(lambda: self._above_bowl(RELEASE_HEIGHT), tolerance=0.04)
@@ -102,7 +106,15 @@ class TabletopDemonstrator:
 
     def _above_bowl(self, height: float) -> np.ndarray:
         target = self._table.bowl_position[:2] + self._manner.waypoint_offset
-        return self._solve(np.array([*target, height]), self._turn())
+        turn = self._turn()
+        direction = _bearing(self._table.bowl_position) + turn
+        aside = pointing_down(direction)[:2, 0] * self._off
+        return self._solve(np.array([*(target - aside), height]), turn)
+
+    def _in_hand(self, position: np.ndarray) -> float:
+        """Return how far a place is off the middle of the open jaws, along the way that they close (m)."""
+        here, rotation = self._hand()
+        return float((position - here) @ rotation[:, 0])
 
     def _cube_turn(self) -> float:
         """Return how far the jaws turn off the arm's plane to be square with the cube, at most 45 degrees."""
