@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_skills import observation, save_tiny_expert
+from tiny_skills import observation, save_tiny_base, save_tiny_expert
 
 from vla.errors import UserError
 from vla.experts.bank_folder import BankFolder
@@ -117,6 +117,28 @@ def test_value_subspace_as_published(bank, skills):
         basis = torch.linalg.eigh(weight.T @ weight)[1][:, -8:]
         expected = (value_states(skills, name, seen).double() @ basis).norm(dim=1).mean()
         assert float(scores[m]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_value_subspace_of_a_cross_attention_decoder(tmp_path):
+    """Its last block's two value projections, each on what it reads itself; the mean of both streams."""
+    base = save_tiny_base(tmp_path / "base", action_decoder="cross_attention")
+    folders = [save_tiny_expert(tmp_path / name, base, seed) for seed, name in enumerate(("a", "b"), 1)]
+    bank = BankPolicy.load(BankFolder.create(tmp_path / "bank", base, folders))
+    scores = make_task_router("value_subspace", bank, SETTINGS).scores(observation(3))
+    block = "model.action_decoder.blocks.2"
+    for m, folder in enumerate(folders):
+        alone, ratios = load_expert_policy(base, folder), []
+        given = observation(3)
+        for name in (f"{block}.v_action", f"{block}.v_vision"):
+            layer, states = alone.policy.get_submodule(name), []
+            layer.register_forward_pre_hook(
+                lambda module, args, states=states: states.append(args[0][0].double())
+            )
+            alone.act(given.images, given.state, given.instruction)
+            change = layer.weight.detach().double() - bank.policy.get_submodule(name).weight.detach().double()
+            basis = torch.linalg.eigh(change.T @ change)[1][:, -8:]
+            ratios.append(((states[0] @ basis).norm(dim=1) / states[0].norm(dim=1)).mean())
+        assert float(scores[m]) == pytest.approx(float(sum(ratios) / 2), rel=1e-4)
 
 
 def test_value_subspace_asks_the_network_once(bank, monkeypatch):
