@@ -194,7 +194,9 @@ class FeetechBus:
         return self._turn
 
     def _single(self, joint: str, command: Packet, parameters: int) -> Packet:
-        return self._exchange(command, {command.id: parameters})[self.joints[joint]]
+        reply = self._exchange(command, {command.id: parameters})[self.joints[joint]]
+        self._last_good = time.monotonic()
+        return reply
 
     def _exchange(self, command: Packet, expected: Mapping[int, int]) -> dict[int, Packet]:
         """Send a command and return its replies. `expected` maps ids to numbers of parameter bytes."""

@@ -1,0 +1,1 @@
+"""Arms of other makes behind the interface of every arm."""
