@@ -40,7 +40,8 @@ class Plan:
     `step_limits` maps a suite to its control steps; `protocol` names where they come from. The first
     block (episodes and limits) is the *question*; the rest says who answers it: `checkpoint_hash` at
     `image_size`, through the chunk scheduler `scheduler` with `n_action_steps` actions per query, each
-    answer `policy_delay` control steps after its observation. Two evaluations are comparable when the
+    answer `policy_delay` control steps after its observation, computed by the runtime engine in mode
+    `engine` or, if None, by the policy itself. Two evaluations are comparable when the
     question is the same.
     """
 
@@ -53,6 +54,7 @@ class Plan:
     image_size: int
     scheduler: str = "execute_all"
     policy_delay: int = 0
+    engine: str | None = None
 
     @property
     def hash(self) -> str:
@@ -93,6 +95,7 @@ class Plan:
             ("image_size", "image size"),
             ("scheduler", "chunk scheduler"),
             ("policy_delay", "steps of policy delay"),
+            ("engine", "engine"),
         ):
             mine, theirs = getattr(self, field), getattr(other, field)
             if mine != theirs:
@@ -126,6 +129,7 @@ def make_plan(
     image_size: int,
     scheduler: str = "execute_all",
     policy_delay: int = 0,
+    engine: str | None = None,
 ) -> Plan:
     """Lay out the benchmark episodes: suite by suite, task by task, in the order of the initial states.
 
@@ -158,6 +162,7 @@ def make_plan(
         image_size,
         scheduler,
         policy_delay,
+        engine,
     )
 
 
@@ -195,6 +200,7 @@ def _parse(content: Mapping[str, Any], path: Path) -> Plan:
             image_size=content["image_size"],
             scheduler=content.get("scheduler", "execute_all"),  # absent from plans of the first release
             policy_delay=content.get("policy_delay", 0),
+            engine=content.get("engine"),
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is malformed ({error!r}); evaluate again.") from None

@@ -21,6 +21,7 @@ from vla.policy.routing_report import RoutingReport
 
 if TYPE_CHECKING:
     from vla.policy.checkpoint import LoadedPolicy
+    from vla.runtime.engine import PolicyEngine
 
 SHIPPED_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "nano"
 
@@ -185,10 +186,10 @@ def _expert_hash(expert: Path, base: Path) -> str:
 
 
 class CheckpointPolicy:
-    """A loaded checkpoint as a `Policy`."""
+    """A loaded checkpoint, or the engine that answers for one, as a `Policy`."""
 
-    def __init__(self, loaded: LoadedPolicy):
-        self._loaded = loaded
+    def __init__(self, loaded: LoadedPolicy | PolicyEngine):
+        self.loaded = loaded
 
     def reset(self, seed: int) -> None:
         """Seed torch, for action decoders that sample."""
@@ -198,10 +199,10 @@ class CheckpointPolicy:
 
     def act(self, images: Mapping[str, np.ndarray], state: np.ndarray, instruction: str) -> np.ndarray:
         """Ask the network once."""
-        return self._loaded.act(images, state, instruction)
+        return self.loaded.act(images, state, instruction)
 
     def act_with_report(
         self, images: Mapping[str, np.ndarray], state: np.ndarray, instruction: str
     ) -> tuple[np.ndarray, RoutingReport]:
         """Ask the network once and keep what its routers did."""
-        return self._loaded.act_with_report(images, state, instruction)
+        return self.loaded.act_with_report(images, state, instruction)

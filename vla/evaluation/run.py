@@ -12,6 +12,7 @@ from vla.atomic import write_bytes
 from vla.contract import PolicyContract
 from vla.errors import UserError
 from vla.evaluation.display import RunDisplay, print_scores
+from vla.evaluation.engine_source import EngineSource
 from vla.evaluation.files import output_folder
 from vla.evaluation.plan import PLAN_FILE, Plan, episode_name, make_plan
 from vla.evaluation.policy_source import SHIPPED_CHECKPOINT, PolicySource, open_source
@@ -81,6 +82,8 @@ class EvalConfig:
     """How chunks become actions: execute_all, receding_horizon, temporal_ensembling or real_time."""
     policy_delay: int = 0
     """Control steps that the world goes on while the policy thinks; 0 stops the clock, as LIBERO does."""
+    engine: str | None = None
+    """Answer through the runtime engine: fp32, fp32_compiled, bf16, bf16_compiled or int8."""
     seed: int = 0
     """0 keeps the benchmark's seed of every episode; another number moves all of them."""
     videos: Literal["none", "failures", "all"] = "none"
@@ -96,11 +99,14 @@ def evaluate(config: EvalConfig) -> None:
     if config.task_router != "none" and holds_experts(config.checkpoint):
         from vla.evaluation.task_routing import evaluate_experts
 
+        if config.engine is not None:
+            raise UserError("--engine runs plain checkpoints, not experts, banks or merges; leave it out.")
         evaluate_experts(config)
         return
     if config.task_router not in (None, "none"):
         raise UserError(f"{config.checkpoint} is neither a bank nor a merge; leave out --task-router.")
-    evaluate_source(config, open_source(config.checkpoint))
+    source = open_source(config.checkpoint)
+    evaluate_source(config, source if config.engine is None else EngineSource.of(source, config.engine))
 
 
 def evaluate_source(
@@ -146,6 +152,7 @@ def plan_of(config: EvalConfig, source: PolicySource) -> Plan:
         image_size=image_size(contract),
         scheduler=config.scheduler,
         policy_delay=config.policy_delay,
+        engine=config.engine,
     )
 
 

@@ -113,6 +113,7 @@ def _provenance(plan: Plan, source: PolicySource) -> dict[str, Any]:
         "n_action_steps": plan.n_action_steps,
         "scheduler": plan.scheduler,
         "policy_delay": plan.policy_delay,
+        "engine": plan.engine,
         "image_size": plan.image_size,
         "command": shlex.join(["vla", *sys.argv[1:]]),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
