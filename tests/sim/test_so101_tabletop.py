@@ -13,8 +13,10 @@ from vla.contract import ContractError, Interface, PolicyContract
 from vla.errors import UserError
 from vla.evaluation.plan import make_plan
 from vla.evaluation.rollout import Request, RolloutJob, check_contract, run_episodes
-from vla.robot_drivers import Mode
+from vla.robot_drivers import Mode, Supervisor
+from vla.robot_drivers.emulation import Emulator
 from vla.robot_drivers.emulation.tabletop import INSTRUCTION
+from vla.robot_drivers.so101.driver import So101Driver
 from vla.robot_drivers.so101.interface import NAMES, UNITS, from_policy, to_policy
 from vla.sim import Episode, benchmark_episode, demonstration_seed, held_out_seed, sim_interface
 from vla.sim.collection import CollectConfig, collect
@@ -215,6 +217,40 @@ def test_noise_comes_in_bursts_and_spares_the_gripper():
     hit = rows[:, 0] != 0
     assert 0.1 < hit.mean() < 0.5 and rows[hit, :5].std() == pytest.approx(np.degrees(0.4 * 0.13), rel=0.2)
     assert np.array_equal(JointNoise(CLEAN, np.random.default_rng(0))(clean), clean)
+
+
+def test_a_demonstration_runs_through_the_serial_port_as_it_was_recorded(sim):
+    """The same setpoints, over a pseudo-terminal to another process: states, frames, success are equal."""
+    rows = []
+
+    def record(sim, clean, executed):
+        rows.append((sim.state(), executed, sim.images() if len(rows) % 40 == 0 else None))
+
+    done = demonstrate_tabletop(sim, episode(4), seed=2, style=CLEAN, record=record)
+    assert done.success
+    now = 0.0
+
+    with Emulator(lockstep=sim.period, tabletop=episode(4).seed, cameras=(SIZE, SIZE)) as emulator:
+        driver = So101Driver(emulator.port, emulator.calibration, clock=lambda: now, reply_timeout=10.0)
+        supervisor = Supervisor(driver, np.array(driver.info.rest))
+        supervisor.open()
+        supervisor.enable(now)
+        cameras = {name: emulator.camera(name) for name in ("top", "wrist")}
+        settling = [(None, None, None)] * 10
+        for state, action, frames in settling + rows:
+            if state is not None:
+                assert np.array_equal(to_policy(driver.read().q), state)
+                supervisor.setpoint(from_policy(action), now)
+            for name, frame in (frames or {}).items():
+                assert np.array_equal(cameras[name].read(), frame)
+            for _ in range(4):
+                now += sim.period
+                supervisor.cycle(now)
+        driver.read()  # the last goal has arrived when this is answered
+        assert emulator.look()["success"] is True
+        for camera in cameras.values():
+            camera.close()
+        driver.close()
 
 
 # ---------------------------------------------------------------------- collecting and evaluating
