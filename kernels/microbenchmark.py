@@ -22,6 +22,7 @@ from vla.kernels.action_expert_block import WEIGHTS, action_expert_block
 from vla.kernels.add_film_norm import add_film_norm
 from vla.kernels.coupled_attention import coupled_attention
 from vla.kernels.film_route_select import film_route_select
+from vla.kernels.gated_product import gated_product
 from vla.kernels.masked_delta_apply import masked_delta_apply
 from vla.kernels.scatter_residual import scatter_residual_
 from vla.kernels.select_gather_norm import select_gather_norm
@@ -57,6 +58,7 @@ def cases(device: str, dtype: torch.dtype = torch.bfloat16, shrink: int = 1) -> 
             lambda path, q=q, k=k, v=v, n=prefix: (coupled_attention(q, k, v, n, path=path),),
         )
     shape = (4096 // shrink, 11008 // shrink)
+    yield _product_case(random, *shape)
     base, delta = random(*shape), random(*shape)
     packed = torch.randint(
         0, 256, ((base.numel() + 7) // 8,), dtype=torch.uint8, device=device, generator=generator
@@ -78,6 +80,19 @@ def _expert_case(random: Callable[..., Tensor], width: int, heads: int) -> Case:
     return Case(
         f"action_expert_block (1, 8, {width}), {heads} heads, 65 + 512 keys",
         lambda path: (action_expert_block(*streams, *weights, heads=heads, path=path),),
+    )
+
+
+def _product_case(random: Callable[..., Tensor], width: int, hidden: int) -> Case:
+    """The first half of an MLP on the mean of what LFP keeps: one tile of rows."""
+    x, gate, up = (
+        random(1, 128, width),
+        random(hidden, width) / width**0.5,
+        random(hidden, width) / width**0.5,
+    )
+    return Case(
+        f"gated_product (1, 128, {width}) to {hidden}",
+        lambda path: (gated_product(x, gate, up, path=path),),
     )
 
 
