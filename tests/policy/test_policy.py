@@ -3,9 +3,10 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature
 
 from vla.errors import UserError
-from vla.policy import attention, configuration_cogmerge
+from vla.policy import attention, configuration_cogmerge, presets
 from vla.policy.action_decoders import ACTION_DECODERS
 from vla.policy.backbones import FAMILIES
+from vla.policy.gating import GATES
 from vla.policy.images import resize_area
 from vla.policy.modeling_cogmerge import CogMergePolicy
 from vla.policy.processor_cogmerge import make_cogmerge_pre_post_processors
@@ -181,11 +182,18 @@ def test_names_in_the_configuration_are_those_that_exist():
     assert tuple(FAMILIES) == configuration_cogmerge.DECODERS
     assert tuple(attention.EXECUTIONS) == configuration_cogmerge.EXECUTIONS
     assert tuple(ACTION_DECODERS) == configuration_cogmerge.ACTION_DECODERS
+    assert tuple(GATES) == configuration_cogmerge.GATES
 
 
 def test_preset_fills_only_what_was_left_unset(make_config):
     config = make_config(stem_width=None, vision_dim=64)
     assert (config.stem_width, config.vision_dim) == (48, 64)
+
+
+def test_a_preset_has_its_own_learning_rate_and_the_user_the_last_word(make_config):
+    assert make_config().optimizer_lr == 1e-3
+    assert make_config(optimizer_lr=3e-4).get_optimizer_preset().lr == 3e-4
+    assert presets.MERGEVLA_05B["optimizer_lr"] == 2e-4 and presets.COGVLA_7B["optimizer_lr"] == 5e-4
 
 
 def test_features_that_cannot_feed_the_model_are_refused(make_config):

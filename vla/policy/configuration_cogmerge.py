@@ -33,6 +33,11 @@ _DECODER_SIZES = {
 }
 
 
+def patch_grid(image_size: int, patch: int) -> int:
+    """Patches along one side of an image of `image_size` pixels, resized to the nearest multiple."""
+    return max(1, round(image_size / patch))
+
+
 @PreTrainedConfig.register_subclass("cogmerge")
 @dataclass
 class CogMergeConfig(PreTrainedConfig):
@@ -125,9 +130,7 @@ class CogMergeConfig(PreTrainedConfig):
     )
     dtype: str = "float32"
 
-    # 1e-3 needs the warm-up: after 400 steps of the probe task of `vla.policy.vision` the loss was 0.24
-    # with it and 0.53 without.
-    optimizer_lr: float = 1e-3
+    optimizer_lr: float | None = None
     optimizer_weight_decay: float = 0.05
     optimizer_betas: tuple[float, float] = (0.9, 0.95)
     optimizer_grad_clip_norm: float = 1.0
@@ -291,7 +294,7 @@ class CogMergeConfig(PreTrainedConfig):
     def _patch_grid(self, encoder: int) -> int:
         """Patches along a side of the image in the encoder of that index."""
         if self.vision_configs:
-            return max(1, round(self.image_size / self.vision_configs[encoder]["patch_size"]))
+            return patch_grid(self.image_size, self.vision_configs[encoder]["patch_size"])
         return self.image_size // self.stem_strides[encoder]
 
     @property

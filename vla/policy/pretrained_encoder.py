@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vla.policy.configuration_cogmerge import patch_grid
 from vla.policy.pretrained import blank_vision, load_vision
 from vla.policy.reducers import REDUCERS
 from vla.policy.routing import Film
@@ -132,18 +133,23 @@ class PretrainedEncoder(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x, condition)
         before, x = x, self.blocks[-1](x, condition)
-        tokens = slice(patches.stop, x.shape[1])
         if self.reduce is None:
+            tokens = slice(patches.stop, x.shape[1])
             out = x[:, tokens]
-            weights = None if trace is None else self.blocks[-1].attention_map(before, tokens, patches)
+            if trace is not None:
+                shares = self.blocks[-1].attention_map(before, tokens, patches)
+                trace["patch_weights"] = self._as_map(shares, images)
         else:
             weights = self.reduce(x[:, patches], (self.grid, self.grid), self.cells)
             out = weights @ x[:, patches]
-            weights = weights.clamp(min=0) / weights.abs().sum(-1, keepdim=True)
-        if trace is not None:
-            shares = weights.expand(len(x), -1, -1).unflatten(-1, (self.grid, self.grid))
-            trace["patch_weights"] = shares.unflatten(0, images.shape[:2])
+            if trace is not None:
+                shares = weights.clamp(min=0) / weights.abs().sum(-1, keepdim=True)
+                trace["patch_weights"] = self._as_map(shares.expand(len(x), -1, -1), images)
         return out.reshape(len(images), -1, self.dim)
+
+    def _as_map(self, shares: Tensor, images: Tensor) -> Tensor:
+        """Weights over patches (B * I, A, P) as (B, I, A, g, g)."""
+        return shares.unflatten(-1, (self.grid, self.grid)).unflatten(0, images.shape[:2])
 
     def _embed(self, images: Tensor) -> Tensor:
         """Images (N, 3, S, S) to prefix and patch tokens with their positions, (N, prefix + P, dim)."""
@@ -153,11 +159,6 @@ class PretrainedEncoder(nn.Module):
         if self.interpolates:
             return self.embeddings(pixels, interpolate_pos_encoding=True)
         return self.embeddings(pixels)
-
-
-def patch_grid(image_size: int, patch: int) -> int:
-    """Patches along one side of an image of `image_size` pixels, resized to the nearest multiple."""
-    return max(1, round(image_size / patch))
 
 
 def _parts(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList, type[PretrainedBlock]]:
