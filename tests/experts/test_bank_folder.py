@@ -129,6 +129,10 @@ def test_the_commands(scene, capsys):
     said = capsys.readouterr().out
     assert "2 experts" in said and "push: 14 LoRA layers, 2 instructions" in said
     assert BankFolder.open(scene / "bank").experts()[1].card.instructions == ("push it", "push it hard")
+    run = scene / "run/checkpoints/last/pretrained_model"
+    shutil.copytree(scene / "turn", run)
+    assert cli.run(["bank", "add", bank, str(scene / "run")]) == 0 and "turn: 14" in capsys.readouterr().out
+    assert cli.run(["bank", "remove", bank, "turn"]) == 0
     assert cli.run(["bank", "remove", bank, "pick"]) == 0
     assert BankFolder.open(scene / "bank").names == ("push",)
     weights = load_file(scene / "bank/experts/push/adapter_model.safetensors")

@@ -210,7 +210,7 @@ class BankCreateConfig:
     base: Path
     """The base checkpoint that the experts were trained on; it stays where it is."""
     experts: tuple[Path, ...] = ()
-    """Folders of experts to begin with; they are copied."""
+    """Folders of experts, or of their training runs, to begin with; they are copied."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class BankAddConfig:
     bank: Annotated[Path, tyro.conf.Positional]
     """Folder of the bank."""
     expert: Annotated[Path, tyro.conf.Positional]
-    """Folder of the expert; it is copied."""
+    """Folder of the expert, or of its training run; it is copied."""
     instructions: tuple[str, ...] = ()
     """The tasks it was trained on, word for word, if its card does not say."""
 
@@ -239,17 +239,25 @@ def bank_create(config: BankCreateConfig) -> None:
     """Run ``vla bank create``."""
     from vla.policy.checkpoint import resolve_checkpoint
 
-    _show(BankFolder.create(config.bank, resolve_checkpoint(config.base), config.experts))
+    experts = [_found(path) for path in config.experts]
+    _show(BankFolder.create(config.bank, resolve_checkpoint(config.base), experts))
 
 
 def bank_add(config: BankAddConfig) -> None:
     """Run ``vla bank add``."""
-    _show(BankFolder.open(config.bank).add(config.expert, config.instructions))
+    _show(BankFolder.open(config.bank).add(_found(config.expert), config.instructions))
 
 
 def bank_remove(config: BankRemoveConfig) -> None:
     """Run ``vla bank remove``."""
     _show(BankFolder.open(config.bank).remove(config.name))
+
+
+def _found(path: Path) -> Path:
+    """The expert's folder that `path` means: itself, or the newest of a training run."""
+    from vla.experts.expert_policy import find_expert
+
+    return find_expert(path) or path
 
 
 def _show(bank: BankFolder) -> None:
