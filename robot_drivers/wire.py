@@ -25,7 +25,9 @@ from .faults import (
 )
 from .supervisor import Cycle, Mode, ModeError
 
-PLAIN = {it.__name__: it for it in (UserError, ModeError, Disconnected, LimitViolation, NotCalibrated)}
+PLAIN = {
+    it.__name__: it for it in (UserError, ModeError, DriverFault, Disconnected, LimitViolation, NotCalibrated)
+}
 JOINTS = {it.__name__: it for it in (BusTimeout, BusCorrupt)}
 VECTORS = ("q", "dq", "tau", "q_commanded", "temperature", "voltage")
 
