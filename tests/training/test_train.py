@@ -282,6 +282,18 @@ def test_options_that_contradict_the_resumed_run_are_refused(finished, small_run
         train(small_run(out=finished, resume=True, seed=7))
 
 
+def test_a_run_of_another_release_is_not_resumed(finished, small_run, tmp_path):
+    shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    record = json.loads((finished / "train.json").read_text())
+    for broken in (
+        {name: value for name, value in record.items() if name != "samples_per_step"},
+        record | {"config": record["config"] | {"momentum": 0.9}},
+    ):
+        (tmp_path / "run" / "train.json").write_text(json.dumps(broken))
+        with pytest.raises(UserError, match="was not written by this release"):
+            train(small_run(resume=True))
+
+
 def edited_copy(root: Path, to: Path, **changes) -> Path:
     shutil.copytree(root, to, ignore=shutil.ignore_patterns(".cache"))
     path = to / "meta" / "info.json"

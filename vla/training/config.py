@@ -193,12 +193,18 @@ def _read_record(out: Path) -> dict[str, Any]:
 
 
 def _continue(config: TrainConfig, record: dict[str, Any], processes: int) -> TrainConfig:
-    recorded = _from_json(record["config"])
-    size, rest = divmod(record["samples_per_step"], processes)
+    try:
+        recorded, samples = _from_json(record["config"]), record["samples_per_step"]
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{config.out / RECORD_FILE} was not written by this release ({error!r}), so the run cannot be"
+            " resumed; start a new one with --init-from."
+        ) from None
+    size, rest = divmod(samples, processes)
     if rest:
         raise UserError(
-            f"The run in {config.out} takes {record['samples_per_step']} samples per step, which {processes}"
-            " processes cannot share evenly; resume it with a number of processes that divides them."
+            f"The run in {config.out} takes {samples} samples per step, which {processes} processes cannot"
+            " share evenly; resume it with a number of processes that divides them."
         )
     recorded = replace(recorded, batch_size=size)
     merged = {}

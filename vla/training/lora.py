@@ -22,6 +22,7 @@ from vla.experts.lora_expert import make_config
 #: fit for them: FiLM and routers start near zero, and the head's output is as narrow as an action.
 FULL = ("routers", "film", "action_decoder", "keyframe_head")
 RANK = 16
+SCALE = 2.0  # MergeVLA's α = 2r
 _ADAPTER = "default"
 _LORA = (f".lora_A.{_ADAPTER}.weight", f".lora_B.{_ADAPTER}.weight")
 
@@ -36,7 +37,7 @@ class LoraSettings:
     rank: int | None = None
     """Rank of the factors: 16 for an expert; without --expert, giving it turns LoRA on."""
     alpha: float | None = None
-    """Scale of the update, alpha / rank; by default twice the rank."""
+    """Numerator of the update's scale, alpha / rank; by default the scale is 2."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank), for ranks above 64 (arXiv 2312.03732)."""
     targets: tuple[str, ...] = ()
@@ -55,8 +56,8 @@ class LoraSettings:
 class Adapter:
     """What LoRA made of a policy.
 
-    `rank` and `alpha` are those of every layer in `modules`; `full` names the modules and `parameters` the
-    single parameters that are trained in full. All names are those of the policy without the adapter.
+    `rank` and `alpha` are those of every layer in `modules`; `full` names the modules that are trained in
+    full. All names are those of the policy without the adapter.
     """
 
     rank: int
@@ -64,7 +65,6 @@ class Adapter:
     rslora: bool
     modules: tuple[str, ...]
     full: tuple[str, ...]
-    parameters: tuple[str, ...]
 
     @property
     def scale(self) -> float:
@@ -73,21 +73,13 @@ class Adapter:
 
     @property
     def config(self) -> dict:
-        """The ``adapter_config.json``; parameters outside of any module in `full` are not PEFT's to know."""
+        """The ``adapter_config.json``; single parameters outside of `full` are only in the adapter's file."""
         ranks = dict.fromkeys(self.modules, self.rank)
         return make_config(ranks, self.alpha, rslora=self.rslora, full_modules=self.full)
 
     def to_peft(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name the trained tensors as an adapter's file does, without its prefix."""
         return {name.replace(f".{_ADAPTER}.weight", ".weight"): value for name, value in trained.items()}
-
-    def from_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Name an adapter's tensors as in the policy; the inverse of `to_peft`."""
-        factor = (".lora_A.weight", ".lora_B.weight")
-        return {
-            name.removesuffix(".weight") + f".{_ADAPTER}.weight" if name.endswith(factor) else name: value
-            for name, value in tensors.items()
-        }
 
     def fold(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the state dict of a policy without adapter that computes the same: ``W + scale · B A``.
@@ -115,11 +107,10 @@ def adapt(policy: nn.Module, settings: LoraSettings, also_full: Sequence[str] = 
     rank = settings.rank or RANK
     adapter = Adapter(
         rank=rank,
-        alpha=settings.alpha or 2.0 * rank,
+        alpha=settings.alpha or SCALE * (rank**0.5 if settings.rslora else rank),
         rslora=settings.rslora,
         modules=modules,
         full=full,
-        parameters=tuple(sorted(name for name in thawed if not _inside(name, full))),
     )
     _inject(policy, adapter)
     for name, parameter in policy.named_parameters():
@@ -181,7 +172,7 @@ def _targets(policy: nn.Module, patterns: Sequence[str], thawed: set[str]) -> tu
     linear = [
         name
         for name, module in policy.named_modules()
-        if isinstance(module, nn.Linear) and f"{name}.weight" not in thawed
+        if isinstance(module, nn.Linear) and not thawed & {f"{name}.weight", f"{name}.bias"}
     ]
     for pattern in patterns:
         if not any(_names(pattern, name) for name in linear):
