@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -42,6 +43,7 @@ class Arm:
         self.calls: list[str] = []
         self.sent: list[tuple[float, np.ndarray]] = []
         self.fails: dict[str, DriverFault] = {}
+        self.stuck: int | None = None  # a joint that does not move
 
     def _call(self, name: str) -> None:
         self.calls.append(name)
@@ -62,7 +64,8 @@ class Arm:
     def write(self, q, dq=None):
         self._call("write")
         self.sent.append((self.now, q.copy()))
-        self.q = np.where(self.enabled, q, self.q)
+        free = np.arange(len(q)) != (-1 if self.stuck is None else self.stuck)
+        self.q = np.where(self.enabled & free, q, self.q)
 
     def hold(self):
         self._call("hold")
@@ -185,6 +188,33 @@ def test_a_joint_that_lets_go_is_a_fault(bench):
     bench.arm.enabled[1] = False
     cycle = bench.run(DT, UP)
     assert cycle.mode is Mode.FAULT and "Joint 'b' reports lost torque" in str(cycle.fault)
+
+
+def test_a_joint_that_does_not_follow_is_a_fault_and_a_gripper_that_holds_something_is_not():
+    hand = (INFO.joints[0], replace(INFO.joints[1], kind="gripper"))
+    for joints, expected in ((INFO.joints, Mode.FAULT), (hand, Mode.TRACK)):
+        bench = Bench(info=DriverInfo("arm", joints, 100, "falls"))
+        bench.arm.stuck = 1
+        assert bench.run(2.9, UP).mode is Mode.TRACK
+        cycle = bench.run(0.5, UP)
+        assert cycle.mode is expected
+        if expected is Mode.FAULT:
+            assert cycle.fault.joint == "b" and "no motion towards its goal" in str(cycle.fault)
+
+
+def test_a_lost_reply_while_the_arm_stands_is_no_failure():
+    bench = Bench(enabled=False)
+    lost = [BusTimeout(["a"], "silent")] * 4
+    read = bench.arm.read
+
+    def sometimes():
+        if lost:
+            raise lost.pop()
+        return read()
+
+    bench.arm.read = sometimes
+    bench.it.open()
+    assert bench.it.mode is Mode.OPEN
 
 
 @pytest.mark.parametrize("fault", [BusTimeout(["b"], "silent"), BusCorrupt(["b"], "noise")])
