@@ -414,6 +414,24 @@ def test_an_arm_that_falls_silent_while_torque_comes_on_is_let_go_again(bench):
     assert bench.torque() == OFF and bench.supervisor.mode is Mode.OPEN
 
 
+def test_an_adapter_that_comes_back_while_the_arm_is_left_ends_at_rest(bench):
+    if isinstance(bench.emulator, Direct):
+        pytest.skip("only a line can do this")
+    bench.raise_up()
+    bench.emulator.request("hangup")
+    assert bench.run(1).mode is Mode.LOST and bench.height() > 0.2
+    begin = bench.now
+
+    def sleep(seconds: float) -> None:
+        bench.pass_time(seconds)
+        if bench.now > begin + 1.0 and not os.path.lexists(bench.emulator.port):
+            bench.emulator.request("replug")
+
+    ending = leave(bench.supervisor, "", clock=lambda: bench.now, sleep=sleep)
+    assert ending.at_rest and ending.unreleased == () and bench.torque() == OFF
+    assert_port_reusable(bench)
+
+
 def test_a_silent_policy_is_held_then_laid_to_rest(bench):
     """LeRobot holds the last goal for ever."""
     bench.raise_up()
