@@ -14,12 +14,12 @@ from ..replay import replay, track
 from .options import ArmOptions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReplayConfig(ArmOptions):
     """Drive a record of an SO101 again."""
 
-    record: Annotated[Path, tyro.conf.Positional] = Path("record.jsonl")
-    """File that `--record` of a run wrote."""
+    record: Annotated[Path, tyro.conf.Positional]
+    """File that a recorded run left."""
     speed: float = 1.0
     """Times as fast; what the arm cannot do is slowed down by its safety filter."""
     save: Path | None = None

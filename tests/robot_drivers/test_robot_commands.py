@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vla import cli
-from vla.robot_drivers import Disconnected, NotCalibrated
+from vla.robot_drivers import Cycle, Disconnected, Mode, NotCalibrated, Recorder, State
 from vla.robot_drivers.emulation import Emulator
 from vla.robot_drivers.serial_port import why_not_open
 from vla.robot_drivers.so101 import registers as r
@@ -30,6 +31,8 @@ from vla.robot_drivers.so101.calibration import (
     save_calibration,
 )
 from vla.robot_drivers.so101.diagnosis import examine, scan_port
+from vla.robot_drivers.so101.driver import so101_info
+from vla.robot_drivers.wire import cycle_to_json
 
 PATIENCE = 60.0
 VLA = [sys.executable, "-P", "-m", "vla.cli"]
@@ -241,6 +244,22 @@ def test_a_file_of_another_arm_is_found_out(emulator, tmp_path):
     assert (
         "'gripper' carries 3000 at address 11, the file says 2500" in found(emulator, other)["calibration"][0]
     )
+
+
+def test_a_replay_says_first_what_it_would_drive(tmp_path):
+    info = so101_info(CALIBRATION)
+    path = tmp_path / "run.jsonl"
+    with Recorder(path, info) as recorder:
+        for k in range(11):
+            q = np.full(6, 0.1 * k)
+            state = State(0.1 * k, k, q, (True,) * 6)
+            asked = dict(zip(JOINTS, q.tolist(), strict=True))
+            recorder.add(cycle_to_json(Cycle(0.1 * k, Mode.TRACK, asked, q, state, True)))
+    done = vla("robot", "replay", path, "--dry-run")
+    assert done.returncode == 0 and "11 goals in 1.0 s" in done.stdout, done.stderr
+    assert "gripper           0.000 to    1.000" in done.stdout
+    done = vla("robot", "replay", tmp_path / "none.jsonl", "--dry-run")
+    assert done.returncode == 2 and "cannot be read" in done.stderr
 
 
 def test_an_arm_that_holds_is_not_calibrated(emulator, tmp_path):
