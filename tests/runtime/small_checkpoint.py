@@ -10,6 +10,7 @@ from vla.policy.checkpoint import LoadedPolicy
 from vla.policy.configuration_cogmerge import CogMergeConfig
 from vla.policy.manifest import make_contract
 from vla.policy.modeling_cogmerge import CogMergePolicy
+from vla.policy.presets import PRESETS
 from vla.policy.processor_cogmerge import make_cogmerge_pre_post_processors
 from vla.sim.simulation import sim_interface
 
@@ -57,7 +58,7 @@ def small_checkpoint(**changes) -> LoadedPolicy:
         for key, n in (("observation.state", 8), ("action", 7))
     }
     torch.manual_seed(0)
-    policy = CogMergePolicy(config).eval()
+    policy = CogMergePolicy(config, pretrained_backbones=False).eval()
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -67,6 +68,25 @@ def small_checkpoint(**changes) -> LoadedPolicy:
     }
     processors = make_cogmerge_pre_post_processors(config, stats)
     return LoadedPolicy(policy, *processors, make_contract(config, interface, statistics), {}, Path("."))
+
+
+def shrunk(preset: str) -> dict:
+    """Settings of `preset`, of pretrained size, with its architecture and small numbers."""
+    sizes = PRESETS[preset]
+    width = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3}
+    vision = [{**config, **width} for config in sizes["vision_configs"]]
+    vision[1] |= {"intermediate_size": 48, "image_size": 28}
+    keys = 1 if sizes["decoder_config"]["num_key_value_heads"] < 14 else 2
+    decoder = {**sizes["decoder_config"], **width}
+    decoder |= {"num_key_value_heads": keys, "intermediate_size": 48, "vocab_size": 1200}
+    return {
+        "preset": preset,
+        "vision_configs": vision,
+        "decoder_config": decoder,
+        "tokenizer": "nano",
+        "image_size": 28,
+        "action_queries": 6,
+    }
 
 
 def requests(count: int, seed: int = 0):

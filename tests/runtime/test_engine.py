@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from small_checkpoint import requests, small_checkpoint
+from small_checkpoint import requests, shrunk, small_checkpoint
 
 from vla.contract import ContractError
 from vla.errors import UserError
@@ -13,7 +13,7 @@ from vla.policy.configuration_cogmerge import CogMergeConfig
 from vla.runtime import probe
 from vla.runtime.engine import PolicyEngine
 from vla.runtime.policy_step import PolicyStep
-from vla.runtime.program import MODES
+from vla.runtime.program import MODES, modes_for
 from vla.runtime.specialise import specialise, trace
 from vla.runtime.split_text import SplitTextDecoder, can_split
 
@@ -161,6 +161,36 @@ def test_every_routing_gives_the_same_as_a_step_of_two_streams(changes):
     with torch.no_grad():
         got = step(*step.tokens([text]), *observe(checkpoint, images, state, text))[0]
     np.testing.assert_allclose(got, checkpoint.act(images, state, text), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "splits"),
+    [
+        ("mergevla-0.5b", {}, True),
+        ("cogvla-7b", {}, True),
+        ("cogvla-7b", {"parity": True, "action_decoder": "coordinate_l1"}, False),
+    ],
+)
+def test_presets_of_pretrained_size_go_through_the_step(preset, changes, splits):
+    checkpoint = small_checkpoint(**shrunk(preset) | changes)
+    assert can_split(checkpoint.policy.model.decoder) == splits
+    images, state, text = requests(2, seed=8)[1]
+    step = PolicyStep(checkpoint)
+    with torch.no_grad():
+        got = step(*step.tokens([text]), *observe(checkpoint, images, state, text))[0]
+    np.testing.assert_allclose(got, checkpoint.act(images, state, text), atol=2e-5)
+
+
+def test_two_pretrained_encoders_are_traced_without_their_films():
+    checkpoint = small_checkpoint(**shrunk("mergevla-0.5b"))
+    request = requests(2, seed=8)[1]
+    engine = PolicyEngine(checkpoint, "fp32")
+    np.testing.assert_allclose(engine.act(*request), checkpoint.act(*request), atol=2e-5)
+    late = program(engine)._run
+    weights = {value.data_ptr() for value in (*late.buffers(), *late.parameters())}
+    modules = checkpoint.policy.model.named_modules()
+    films = [module for name, module in modules if name.endswith(("film.out", "gate.net.0"))]
+    assert len(films) > 4 and not {film.weight.data_ptr() for film in films} & weights
 
 
 @pytest.mark.parametrize(
@@ -342,6 +372,14 @@ def test_a_captured_step_equals_the_same_kernels_launched_one_by_one_and_never_w
         torch.cuda.set_sync_debug_mode("default")
     expected = captured._run.run(*observation, *instruction)
     assert torch.equal(got, expected) and torch.equal(got, again)
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert modes_for(torch.device("cpu")) == ("fp32", "bf16", "int8")
+    monkeypatch.setenv("CXX", "true")
+    assert modes_for(torch.device("cpu")) == tuple(MODES)
+    assert modes_for(torch.device("cuda")) == ("fp32", "bf16")
 
 
 def test_modes_name_what_they_do():

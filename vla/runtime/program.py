@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,8 +38,11 @@ MODES = {
 
 
 def modes_for(device: torch.device) -> tuple[str, ...]:
-    """Return the names of the modes that `device` can run."""
-    return tuple(MODES) if device.type == "cpu" else ("fp32", "bf16")
+    """Return the names of the modes that `device` can run; torch's compiler for CPUs needs a C++ compiler."""
+    if device.type != "cpu":
+        return "fp32", "bf16"
+    can_compile = shutil.which(os.environ.get("CXX", "g++")) is not None
+    return tuple(name for name, mode in MODES.items() if can_compile or not mode.compiled)
 
 
 class Program:
