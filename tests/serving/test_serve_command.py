@@ -75,6 +75,7 @@ def test_openpis_client_gets_the_checkpoints_own_actions_and_sigterm_ends_it_cle
         (["--host", "192.0.2.1"], "Port 8000 on 192.0.2.1 cannot be served on"),
         (["--token", "two words"], "without spaces"),
         (["--device", "cuda"], "sees no CUDA device"),
+        (["--device", "cpu", "--engine", "int4"], "has no mode 'int4' on cpu"),
     ],
 )
 def test_what_cannot_be_served_is_one_sentence_and_code_2(arguments, sentence, capsys, monkeypatch):
@@ -82,6 +83,28 @@ def test_what_cannot_be_served_is_one_sentence_and_code_2(arguments, sentence, c
     assert cli.run(["serve", *arguments]) == 2
     said = capsys.readouterr().err.strip()
     assert sentence in said and "Traceback" not in said
+
+
+def test_the_engine_answers_as_the_checkpoint_does():
+    from vla.evaluation.policy_source import CheckpointSource
+    from vla.policy.checkpoint import load_checkpoint
+    from vla.serving.serve import ServeConfig, serve_source
+
+    served = serve_source(CheckpointSource.open(SHIPPED_CHECKPOINT), ServeConfig(device="cpu", engine="fp32"))
+    loaded = load_checkpoint(SHIPPED_CHECKPOINT)
+    assert served.contract == loaded.contract
+    rng = np.random.default_rng(1)
+    images = {
+        camera.key: rng.integers(0, 256, (camera.height, camera.width, 3), np.uint8)
+        for camera in loaded.contract.interface.cameras
+    }
+    state = rng.normal(size=8).astype(np.float32)
+    policy = served.make_policy()
+    policy.reset(0)
+    for task in ("open the drawer", "put the bowl on the plate"):
+        np.testing.assert_allclose(
+            policy.act(images, state, task), loaded.act(images, state, task), atol=2e-3
+        )
 
 
 def test_the_client_needs_no_torch():

@@ -22,6 +22,7 @@ from vla.serving.wire import MIB
 
 if TYPE_CHECKING:
     from vla.policy.checkpoint import LoadedPolicy
+    from vla.runtime.engine import PolicyEngine
 
 TOKEN_VARIABLE = "VLA_TOKEN"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -41,6 +42,8 @@ class ServeConfig:
     """What clients must send as their API key. Better kept in the environment variable VLA_TOKEN."""
     device: str | None = None
     """``cpu`` or ``cuda``; the accelerator if there is one."""
+    engine: str | None = None
+    """Answer through the runtime engine; auto takes its fastest mode that changes actions by under 1 %."""
     task: str | None = None
     """Instruction for clients that send none."""
     rename: tuple[str, ...] = ()
@@ -82,16 +85,29 @@ def serve_checkpoint(config: ServeConfig) -> None:
 
 def serve_source(source: CheckpointSource, config: ServeConfig) -> Served:
     """Load the checkpoint and say who it is."""
-    from vla.policy.checkpoint import load_checkpoint
-
-    loaded = load_checkpoint(source.path, choose_device(config.device))
+    loaded = load_answering(source.path, config.device, config.engine)
     return Served(
         make_policy=lambda: ClientPolicy(loaded),
-        contract=loaded.contract,
+        contract=source.contract,
         identity={"checkpoint": {"label": source.label, "sha256": source.hash}},
         task=config.task,
         rename=parse_rename(config.rename),
     )
+
+
+def load_answering(path: Path, device: str | None, engine: str | None) -> LoadedPolicy | PolicyEngine:
+    """Load a checkpoint, behind the runtime engine in mode `engine` if one is named.
+
+    Raises `UserError` for what is no checkpoint, no such device or no such mode.
+    """
+    from vla.policy.checkpoint import load_checkpoint
+
+    loaded = load_checkpoint(path, choose_device(device))
+    if engine is None:
+        return loaded
+    from vla.runtime.engine import PolicyEngine
+
+    return PolicyEngine(loaded, engine)
 
 
 class ClientPolicy:
@@ -100,7 +116,7 @@ class ClientPolicy:
     A policy that samples gives a client the same actions whether or not others ask in between.
     """
 
-    def __init__(self, loaded: LoadedPolicy):
+    def __init__(self, loaded: LoadedPolicy | PolicyEngine):
         self._loaded = loaded
         self._random: tuple = ()
 

@@ -37,7 +37,11 @@ class PolicyHere:
 
 @contextmanager
 def open_policy(
-    checkpoint: Path | None, server: str | None, token: str | None, device: str | None
+    checkpoint: Path | None,
+    server: str | None,
+    token: str | None,
+    device: str | None,
+    engine: str | None,
 ) -> Iterator[PolicyHere]:
     """Load the checkpoint or connect to the server, whichever is given; leave it at the end.
 
@@ -53,13 +57,12 @@ def open_policy(
             yield PolicyHere(remote, remote.contract, identity | {"server": remote.url})
         return
     from vla.evaluation.policy_source import CheckpointPolicy, CheckpointSource
-    from vla.policy.checkpoint import load_checkpoint
-    from vla.serving.serve import choose_device
+    from vla.serving.serve import load_answering
 
     source = CheckpointSource.open(checkpoint)
-    loaded = load_checkpoint(source.path, choose_device(device))
+    loaded = load_answering(source.path, device, engine)
     yield PolicyHere(
         CheckpointPolicy(loaded),
-        loaded.contract,
+        source.contract,
         {"checkpoint": {"label": source.label, "sha256": source.hash}},
     )

@@ -64,6 +64,8 @@ class RunConfig(ArmOptions):
     """Show cameras, joints and latency in the Rerun viewer (extra 'viz')."""
     device: str | None = None
     """Where a policy of --checkpoint runs: cpu or cuda; the accelerator if there is one."""
+    engine: str | None = None
+    """Answer through the runtime engine; auto takes its fastest mode that changes actions by under 1 %."""
     seed: int = 0
     """Seed of policies that sample."""
     soft_start: float = 2.0
@@ -87,7 +89,7 @@ def run_robot(config: RunConfig) -> None:
     console = Console(stderr=True)
     with ExitStack() as stack:
         policy = stack.enter_context(
-            open_policy(config.checkpoint, config.server, config.token, config.device)
+            open_policy(config.checkpoint, config.server, config.token, config.device, config.engine)
         )
         scheduler = make_scheduler(config.scheduler, policy.contract.chunk_size, config.horizon)
         cameras = stack.enter_context(Cameras(make_cameras(config.cameras, policy.contract)))
