@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lerobot.optim import CosineDecayWithWarmupSchedulerConfig
 from lerobot.utils.constants import PRETRAINED_MODEL_DIR, TRAINING_STATE_DIR
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -103,6 +104,15 @@ def test_an_expert_is_a_peft_folder_with_a_card_and_a_contract(expert_run, base)
     assert manifest["parameters"] == load_checkpoint(base).manifest["parameters"]
     assert (expert_run / "curves.png").exists()
     assert [row[:2] for row in rows(expert_run) if row[0] == "held_out"] == [("held_out", 2), ("held_out", 4)]
+
+
+def test_factors_learn_at_three_times_the_policys_rate(expert_run):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    expected = CosineDecayWithWarmupSchedulerConfig(200, 20_000, peak_lr=3e-3, decay_lr=3e-5).build(
+        torch.optim.AdamW([parameter], lr=3e-3), 4
+    )
+    first = read_metrics(expert_run / "metrics.jsonl")[0]
+    assert first["lr"] == pytest.approx(expected.get_last_lr()[0])
 
 
 def test_factors_sit_on_every_linear_layer_that_is_not_trained_in_full(expert_run, base):

@@ -66,7 +66,7 @@ class TrainConfig:
     batch_size: int = 64
     """Samples per step and process."""
     lr: float | None = None
-    """Peak learning rate; by default the policy's."""
+    """Peak learning rate; by default the policy's, and three times that for factors on nano."""
     grad_clip: float | None = None
     """Largest norm of the gradient; by default the policy's."""
     ema_decay: float = 0.999

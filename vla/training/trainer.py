@@ -31,6 +31,10 @@ from vla.training.precision import FLOAT32, autocast
 from vla.training.run_state import gather_state, restore_state, write_state
 from vla.training.sampler import EpochSampler, held_out_episodes
 
+#: Low-rank factors learn slower at the rate of all weights, because B starts at zero. Measured on nano, from
+#: libero_object to libero_goal, held-out loss after 150 steps of 32: all weights at 1e-3 0.318, an expert at
+#: 1e-3 0.361 and at 3e-3 0.328. Presets around pretrained backbones name a rate for factors to begin with.
+LORA_RATE = 3.0
 NAN_DUMP_FILE = "nan_batch.safetensors"
 
 Batch = dict[str, Any]
@@ -190,7 +194,8 @@ def split_frames(
 def _optimization(config: TrainConfig, policy) -> tuple[torch.optim.Optimizer, Any, float]:
     """AdamW and cosine schedule as `lerobot-train` builds them, the schedule spanning all our steps."""
     preset = policy.config.get_optimizer_preset()
-    lr = config.lr if config.lr is not None else preset.lr
+    from_scratch = not (policy.config.decoder_config or policy.config.vision_configs)
+    lr = config.lr or preset.lr * (LORA_RATE if config.uses_lora and from_scratch else 1.0)
     optimizer = torch.optim.AdamW(
         policy.get_optim_params(),
         lr=lr,
