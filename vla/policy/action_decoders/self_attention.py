@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vla.policy.action_decoders.cross_attention import CrossAttention, CrossAttentionBlock
+from vla.policy.action_decoders.cross_attention import CrossAttention, CrossAttentionBlock, initialise
 
 
 class SelfAttentionBlock(CrossAttentionBlock):
@@ -26,6 +26,8 @@ class SelfAttentionBlock(CrossAttentionBlock):
     def __init__(self, dim: int, heads: int):
         super().__init__(dim, heads)
         self.k_self, self.v_self = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        for linear in (self.k_self, self.v_self):
+            initialise(linear)
 
     def action_stream(self, x: Tensor, h_action: Tensor) -> tuple[Tensor, Tensor]:
         """``[k_self, k_A]`` and ``[v_self, v_A]``, each (B, H, R + A, d_head)."""
