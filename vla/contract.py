@@ -239,7 +239,8 @@ def _parse_contract(content: Any, source: str) -> PolicyContract:
         raise ContractError(f"{source} does not hold a JSON object; copy the checkpoint again.")
     if content.get("version") != CONTRACT_VERSION:
         raise ContractError(
-            f"{source} has contract version {content.get('version')!r}, this release reads {CONTRACT_VERSION}."
+            f"{source} has contract version {content.get('version')!r}; this release reads"
+            f" {CONTRACT_VERSION}."
         )
     recorded = content.get("statistics_hash")
     known = {field.name for field in fields(PolicyContract)} | {"statistics_hash"}
@@ -257,8 +258,8 @@ def _parse_contract(content: Any, source: str) -> PolicyContract:
         raise ContractError(f"{source} is malformed ({error!r}); copy the checkpoint again.") from None
     if contract.statistics_hash != recorded:
         raise ContractError(
-            f"The normalisation statistics in {source} do not match their recorded hash: the file was edited or"
-            " mixed up."
+            f"The normalisation statistics in {source} do not match their recorded hash: the file was edited"
+            " or mixed up."
         )
     return contract
 
