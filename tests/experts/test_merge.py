@@ -254,6 +254,14 @@ def test_whole_or_not_at_all(scene):
     assert sorted(p.name for p in scene.iterdir()) == sorted([*NAMES, "base", "out", "out.yaml"])
 
 
+def test_heads_that_started_from_the_base_share_their_start(scene):
+    for seed, name in enumerate(("plain", "other")):
+        write_expert(scene / name, scene / "base", seed, head_seed=None)
+    run(scene, "merged", experts=["plain", "other"])
+    with pytest.raises(UserError, match="head seeds are plain none, pick 5"):
+        run(scene, "refused", experts=["plain", "pick"])
+
+
 def test_misfits_are_refused(scene):
     def refused(sentence, **entries):
         with pytest.raises(UserError, match=sentence):

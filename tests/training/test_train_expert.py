@@ -22,6 +22,7 @@ from vla.experts.expert_policy import find_base, find_expert, load_expert_policy
 from vla.experts.lora_expert import LoraExpert, base_hash, declare
 from vla.policy.checkpoint import load_checkpoint
 from vla.policy.head import initialise_head
+from vla.serving.serve import ServeConfig, serve_source
 from vla.training.dataset import open_demonstrations
 from vla.training.loop import train
 from vla.training.lora import FULL, LoraSettings
@@ -214,6 +215,15 @@ def test_an_evaluation_takes_an_expert_like_a_checkpoint(expert_run, base, tmp_p
         file.write(" ")
     with pytest.raises(UserError, match="changed during the evaluation"):
         copied.load()
+
+
+def test_a_server_answers_with_the_expert_on_its_base(expert_run, base):
+    served = serve_source(open_source(expert_run), ServeConfig(device="cpu"))
+    loaded = load_expert_policy(base, find_expert(expert_run))
+    policy = served.make_policy()
+    policy.reset(0)
+    np.testing.assert_array_equal(policy.act(*observation()), loaded.act(*observation()))
+    assert served.contract == loaded.contract
 
 
 def test_a_head_started_anew_is_the_experts_own_and_says_its_seed(base, small_run, tmp_path):

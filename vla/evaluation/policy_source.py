@@ -112,14 +112,20 @@ class CheckpointSource:
         """Load the checkpoint; raise `UserError` if its content changed since the evaluation began."""
         import torch
 
-        from vla.policy.checkpoint import checkpoint_hash, load_checkpoint
+        from vla.policy.checkpoint import checkpoint_hash
 
         torch.set_num_threads(1)
         if checkpoint_hash(self.path) != self.hash:
             raise UserError(
                 f"The checkpoint {self.path} changed during the evaluation; start again with --overwrite."
             )
-        return CheckpointPolicy(load_checkpoint(self.path))
+        return CheckpointPolicy(self.load_onto("cpu"))
+
+    def load_onto(self, device: str) -> LoadedPolicy:
+        """Load the checkpoint onto a device."""
+        from vla.policy.checkpoint import load_checkpoint
+
+        return load_checkpoint(self.path, device)
 
 
 @dataclass(frozen=True)
@@ -153,18 +159,22 @@ class ExpertSource:
         """Load base and expert; raise `UserError` if one changed since the evaluation began."""
         import torch
 
-        from vla.experts.expert_policy import load_expert_policy
-
         torch.set_num_threads(1)
         if _expert_hash(self.path, self.base) != self.hash:
             raise UserError(
                 f"The expert {self.path} or its base changed during the evaluation; start again with"
                 " --overwrite."
             )
-        return CheckpointPolicy(load_expert_policy(self.base, self.path))
+        return CheckpointPolicy(self.load_onto("cpu"))
+
+    def load_onto(self, device: str) -> LoadedPolicy:
+        """Load base and expert onto a device."""
+        from vla.experts.expert_policy import load_expert_policy
+
+        return load_expert_policy(self.base, self.path, device)
 
 
-def open_source(path: Path) -> PolicySource:
+def open_source(path: Path) -> CheckpointSource | ExpertSource:
     """Open whatever is in the folder `path`: an expert (a training run of one too) or a checkpoint."""
     from vla.experts.expert_policy import find_expert
 

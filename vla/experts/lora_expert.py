@@ -51,8 +51,8 @@ _INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 class ExpertCard:
     """What an expert declares: `base` is the SHA-256 of the base's ``model.safetensors``.
 
-    `head_seed` is the seed from which parameters without a pretrained origin were initialised, or None if
-    there are none: averaging such parameters is only meaningful between experts that share it.
+    `head_seed` is the seed from which the expert started a head anew, or None if it kept the base's:
+    averaging what was trained in full is only meaningful between experts that started alike.
     `instructions` are the tasks that it was trained on, word for word; routers and evaluations read them.
     """
 

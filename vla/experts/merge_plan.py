@@ -184,8 +184,9 @@ def _require_averageable(name: str, inputs: Inputs, in_full: bool, tensor: Tenso
 
 
 def _require_one_initialisation(inputs: Inputs) -> None:
+    """Without a seed of its own an expert's head starts from the base's, and all have one base."""
     seeds = {expert.name: expert.card.head_seed for expert in inputs.experts}
-    if len(set(seeds.values())) > 1 or None in seeds.values():
+    if len(set(seeds.values())) > 1:
         listed = ", ".join(f"{name} {'none' if seed is None else seed}" for name, seed in seeds.items())
         raise UserError(
             "Averaging shared parameters needs experts of one head initialisation, but their head seeds are"

@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 
 from vla.errors import UserError
-from vla.evaluation.policy_source import SHIPPED_CHECKPOINT, CheckpointSource
+from vla.evaluation.policy_source import SHIPPED_CHECKPOINT, CheckpointSource, ExpertSource, open_source
 from vla.serving.server import Limits, PolicyServer, Served
 from vla.serving.wire import MIB
 
@@ -65,7 +65,7 @@ def serve_checkpoint(config: ServeConfig) -> None:
         message=int(config.max_message_mib * MIB), clients=config.max_clients, idle=config.idle_timeout
     )
     console = Console(stderr=True, highlight=False)
-    source = CheckpointSource.open(config.checkpoint)
+    source = open_source(config.checkpoint)
     served = serve_source(source, config)
     token = config.token or os.environ.get(TOKEN_VARIABLE)
 
@@ -83,9 +83,9 @@ def serve_checkpoint(config: ServeConfig) -> None:
     say("The policy server has ended.")
 
 
-def serve_source(source: CheckpointSource, config: ServeConfig) -> Served:
+def serve_source(source: CheckpointSource | ExpertSource, config: ServeConfig) -> Served:
     """Load the checkpoint and say who it is."""
-    loaded = load_answering(source.path, config.device, config.engine)
+    loaded = load_answering(source, config.device, config.engine)
     return Served(
         make_policy=lambda: ClientPolicy(loaded),
         contract=source.contract,
@@ -95,14 +95,14 @@ def serve_source(source: CheckpointSource, config: ServeConfig) -> Served:
     )
 
 
-def load_answering(path: Path, device: str | None, engine: str | None) -> LoadedPolicy | PolicyEngine:
-    """Load a checkpoint, behind the runtime engine in mode `engine` if one is named.
+def load_answering(
+    source: CheckpointSource | ExpertSource, device: str | None, engine: str | None
+) -> LoadedPolicy | PolicyEngine:
+    """Load a checkpoint or an expert, behind the runtime engine in mode `engine` if one is named.
 
-    Raises `UserError` for what is no checkpoint, no such device or no such mode.
+    Raises `UserError` for a folder that cannot be loaded, no such device or no such mode.
     """
-    from vla.policy.checkpoint import load_checkpoint
-
-    loaded = load_checkpoint(path, choose_device(device))
+    loaded = source.load_onto(choose_device(device))
     if engine is None:
         return loaded
     from vla.runtime.engine import PolicyEngine

@@ -56,11 +56,11 @@ def open_policy(
             identity = {key: value for key, value in remote.metadata.items() if key != "contract"}
             yield PolicyHere(remote, remote.contract, identity | {"server": remote.url})
         return
-    from vla.evaluation.policy_source import CheckpointPolicy, CheckpointSource
+    from vla.evaluation.policy_source import CheckpointPolicy, open_source
     from vla.serving.serve import load_answering
 
-    source = CheckpointSource.open(checkpoint)
-    loaded = load_answering(source.path, device, engine)
+    source = open_source(checkpoint)
+    loaded = load_answering(source, device, engine)
     yield PolicyHere(
         CheckpointPolicy(loaded),
         source.contract,
