@@ -239,8 +239,8 @@ def _parse_contract(content: Any, source: str) -> PolicyContract:
         raise ContractError(f"{source} does not hold a JSON object; copy the checkpoint again.")
     if content.get("version") != CONTRACT_VERSION:
         raise ContractError(
-            f"{source} has contract version {content.get('version')!r}; this release reads"
-            f" {CONTRACT_VERSION}."
+            f"{source} has contract version {content.get('version')!r},"
+            f" this release reads {CONTRACT_VERSION}."
         )
     recorded = content.get("statistics_hash")
     known = {field.name for field in fields(PolicyContract)} | {"statistics_hash"}

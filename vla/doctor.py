@@ -110,9 +110,8 @@ def packages() -> list[Finding]:
             continue
         fits = requirement.specifier.contains(found, prereleases=True)
         remedy = "" if fits else f"{requirement.specifier} is needed: {install}"
-        finding = Finding(requirement.name, found, remedy, needed)
-        if finding not in findings:  # several extras name lerobot
-            findings.append(finding)
+        if requirement.name not in {finding.what for finding in findings}:  # extras share some
+            findings.append(Finding(requirement.name, found, remedy, needed))
     return findings + _conflicts()
 
 

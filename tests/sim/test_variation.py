@@ -5,7 +5,6 @@ from vla.errors import UserError
 from vla.evaluation.plan import make_plan
 from vla.sim import Episode, load_suite
 from vla.sim.demonstrators import demonstrate
-from vla.sim.simulation import LiberoSimulation
 from vla.sim.suites import VARIED_SUITES, suite_names
 from vla.sim.variation import VariedTask, _parse
 
@@ -89,22 +88,22 @@ def test_an_evaluation_of_a_varied_suite_is_refused():
         )
 
 
-def test_a_reset_lays_out_its_variation_and_demonstrators_reach_its_goal():
+def test_a_reset_lays_out_its_variation_and_demonstrators_reach_its_goal(simulation_factory):
     task = varied(0)
     seeds = [2**20 + k for k in range(3)]
-    with LiberoSimulation(SUITE, 0) as sim:
-        before = {}
-        for seed in seeds:
-            sim.reset(Episode(SUITE, 0, None, seed))
-            before[seed] = sim.sim_state()
-            variation = task.draw(seed)
-            assert sim.language == variation.language
-            place = {region: name for _, name, region in variation.initial_state}
-            lying = sim.env.object_states_dict[place["floor_target_object_region"]].get_geom_state()["pos"]
-            assert np.abs(lying[:2] - [-0.12, -0.24]).max() < 0.06
-        done = demonstrate(sim, Episode(SUITE, 0, None, seeds[0]), seed=seeds[0])
-        assert done.success
-        target = task.draw(seeds[0]).goal_state[0][1]
-        assert sim.env._eval_predicate(["in", target, "basket_1_contain_region"])
-        sim.reset(Episode(SUITE, 0, None, seeds[1]))  # whatever came before, a seed gives one state
-        np.testing.assert_array_equal(sim.sim_state(), before[seeds[1]])
+    sim = simulation_factory(SUITE, 0)
+    before = {}
+    for seed in seeds:
+        sim.reset(Episode(SUITE, 0, None, seed))
+        before[seed] = sim.sim_state()
+        variation = task.draw(seed)
+        assert sim.language == variation.language
+        place = {region: name for _, name, region in variation.initial_state}
+        lying = sim.env.object_states_dict[place["floor_target_object_region"]].get_geom_state()["pos"]
+        assert np.abs(lying[:2] - [-0.12, -0.24]).max() < 0.06
+    done = demonstrate(sim, Episode(SUITE, 0, None, seeds[0]), seed=seeds[0])
+    assert done.success
+    target = task.draw(seeds[0]).goal_state[0][1]
+    assert sim.env._eval_predicate(["in", target, "basket_1_contain_region"])
+    sim.reset(Episode(SUITE, 0, None, seeds[1]))  # whatever came before, a seed gives one state
+    np.testing.assert_array_equal(sim.sim_state(), before[seeds[1]])
