@@ -65,35 +65,49 @@ class Manner:
     waypoint_offset: np.ndarray
 
 
-class ActionNoise:
-    """Correlated perturbation of executed actions in random bursts (DART, Laskey et al. 2017).
+class BurstNoise:
+    """Correlated noise in random bursts (DART, Laskey et al. 2017).
 
-    Between bursts the executed action is the clean one, so every burst shows a deviation and the recovery
-    from it. The gripper entry is never touched.
+    `deviation` (n,) is its standard deviation, in the units of what it disturbs. Between bursts there is
+    none, so every burst shows a deviation and the recovery from it.
     """
 
     CORRELATION = 0.8
 
+    def __init__(self, style: Style, rng: np.random.Generator, deviation: np.ndarray) -> None:
+        self._style, self._rng, self._deviation = style, rng, deviation
+        self._left, self._noise = 0, np.zeros(len(deviation))
+
+    def __call__(self) -> np.ndarray | None:
+        """Return the noise (n,) of the next step, None between bursts."""
+        style, mix = self._style, self.CORRELATION
+        if style.action_noise == 0.0:
+            return None
+        if self._left == 0 and self._rng.random() < style.burst_rate:
+            self._left = int(self._rng.integers(style.burst_steps[0], style.burst_steps[1] + 1))
+            self._noise = self._fresh()
+        if self._left == 0:
+            return None
+        self._left -= 1
+        self._noise = mix * self._noise + np.sqrt(1 - mix**2) * self._fresh()
+        return self._noise
+
+    def _fresh(self) -> np.ndarray:
+        return self._rng.normal(0.0, self._deviation)
+
+
+class ActionNoise:
+    """Perturbs executed OSC_POSE actions by `BurstNoise`. The gripper entry is never touched."""
+
     def __init__(self, style: Style, rng: np.random.Generator) -> None:
-        self._style, self._rng = style, rng
-        self._left, self._noise = 0, np.zeros(6)
+        scale = np.array([1, 1, 1, 0.3, 0.3, 0.3])  # 1 is 5 cm but half a radian
+        self._bursts = BurstNoise(style, rng, style.action_noise * scale)
 
     def __call__(self, clean: np.ndarray) -> np.ndarray:
         """Return the action to execute in place of `clean` (7,)."""
-        if self._style.action_noise == 0.0:
+        noise = self._bursts()
+        if noise is None:
             return clean
-        if self._left == 0 and self._rng.random() < self._style.burst_rate:
-            self._left = int(self._rng.integers(self._style.burst_steps[0], self._style.burst_steps[1] + 1))
-            self._noise = self._fresh()
-        if self._left == 0:
-            return clean
-        self._left -= 1
-        mix = self.CORRELATION
-        self._noise = mix * self._noise + np.sqrt(1 - mix**2) * self._fresh()
         executed = clean.copy()
-        executed[:6] = np.clip(clean[:6] + self._noise, -1.0, 1.0)
+        executed[:6] = np.clip(clean[:6] + noise, -1.0, 1.0)
         return executed
-
-    def _fresh(self) -> np.ndarray:
-        scale = self._style.action_noise * np.array([1, 1, 1, 0.3, 0.3, 0.3])  # 1 is 5 cm but half a radian
-        return self._rng.normal(0.0, scale)

@@ -20,7 +20,7 @@ from vla.robot_drivers.emulation.tabletop import BOWL_HEIGHT, CUBE_HALF, SHOULDE
 from vla.robot_drivers.so101.calibration import GRIPPER, JOINTS
 from vla.robot_drivers.so101.interface import to_policy
 from vla.sim.demonstrators.demonstrator import Demonstration, Record
-from vla.sim.demonstrators.style import DEFAULT, Style
+from vla.sim.demonstrators.style import DEFAULT, BurstNoise, Style
 from vla.sim.tabletop.kinematics import Kinematics, pointing_down
 from vla.sim.tabletop.simulation import TabletopSimulation
 
@@ -166,34 +166,18 @@ class TabletopDemonstrator:
 
 
 class JointNoise:
-    """Correlated perturbation of executed setpoints in random bursts (DART, Laskey et al. 2017).
+    """Perturbs executed setpoints by `BurstNoise`. The gripper is never touched.
 
-    `style.action_noise` is its standard deviation in units of `LEAD`. The gripper is never touched.
+    `style.action_noise` is its standard deviation in units of `LEAD`.
     """
 
-    CORRELATION = 0.8
-
     def __init__(self, style: Style, rng: np.random.Generator):
-        self._style, self._rng = style, rng
-        self._left, self._noise = 0, np.zeros(5)
+        self._bursts = BurstNoise(style, rng, np.full(5, np.degrees(style.action_noise * LEAD)))
 
     def __call__(self, clean: np.ndarray) -> np.ndarray:
         """Return the action to execute in place of `clean` (6,)."""
-        style, mix = self._style, self.CORRELATION
-        if style.action_noise == 0.0:
-            return clean
-        if self._left == 0 and self._rng.random() < style.burst_rate:
-            self._left = int(self._rng.integers(style.burst_steps[0], style.burst_steps[1] + 1))
-            self._noise = self._fresh()
-        if self._left == 0:
-            return clean
-        self._left -= 1
-        self._noise = mix * self._noise + np.sqrt(1 - mix**2) * self._fresh()
-        return clean + np.append(self._noise, 0.0)
-
-    def _fresh(self) -> np.ndarray:
-        scale = np.degrees(self._style.action_noise * LEAD)
-        return self._rng.normal(0.0, scale, 5)
+        noise = self._bursts()
+        return clean if noise is None else clean + np.append(noise, 0.0)
 
 
 def to_action(angles: np.ndarray, calibration) -> np.ndarray:
