@@ -125,6 +125,26 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(finished, smal
     }
 
 
+def test_a_head_that_the_dataset_never_teaches_does_not_stop_a_resume(small_run):
+    """Outside LIBERO's action space there are no keyframes: that head has no gradient, so no state to save."""
+    untaught = {"action_space": JOINT_POSITION}
+    out = small_run(**untaught, steps=2).out
+    train(small_run(**untaught, steps=2))
+    train(small_run(**untaught, resume=True, steps=4))
+    assert os.readlink(out / LAST) == "000004"
+
+
+def test_an_optimizer_state_that_lacks_a_parameter_is_refused(small_run):
+    out = small_run().out
+    train(small_run(steps=2))
+    groups_file = out / LAST.parent / "000002" / "training_state" / "optimizer_param_groups.json"
+    groups = json.loads(groups_file.read_text())
+    lost = groups[0]["params"].pop()
+    groups_file.write_text(json.dumps(groups))
+    with pytest.raises(UserError, match=f"no optimizer state for '{lost}'"):
+        train(small_run(resume=True, steps=4))
+
+
 def test_kill_9_while_writing_a_checkpoint_leaves_the_one_before(finished, small_run):
     config = small_run()
     script = """

@@ -56,5 +56,13 @@ def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Set what `gather_optimizer` returned, each process taking its shard."""
-    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    """Set what `gather_optimizer` returned, each process taking its shard.
+
+    A parameter that is listed without a state never had a gradient (a head whose labels the dataset lacks)
+    and starts fresh. Raises `ValueError` if a trained parameter is not listed at all.
+    """
+    listed = {name for group in state["param_groups"] for name in group["params"]}
+    trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    if absent := sorted({name.removeprefix("module.") for name in trained} - listed):
+        raise ValueError(f"it has no optimizer state for '{absent[0]}'")
+    set_optimizer_state_dict(model, optimizer, state, options=_SPREAD)
