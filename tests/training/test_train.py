@@ -126,7 +126,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(finished, smal
 
 
 def test_a_head_that_the_dataset_never_teaches_does_not_stop_a_resume(small_run):
-    """Outside LIBERO's action space there are no keyframes: that head has no gradient, so no state to save."""
+    """Joint actions have no keyframes: that head gets no gradient, so there is no state of it to save."""
     untaught = {"action_space": JOINT_POSITION}
     out = small_run(**untaught, steps=2).out
     train(small_run(**untaught, steps=2))
