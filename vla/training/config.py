@@ -32,6 +32,11 @@ class TrainConfig:
     """One or several folders with a LeRobotDataset v3. Not needed with --resume."""
     dataset_weights: tuple[float, ...] = ()
     """Share of every dataset in the training samples; by default every frame counts the same."""
+    tasks: tuple[str, ...] = ()
+    """Train on these tasks of the datasets only, all by default: instructions word for word, or globs such as
+    "put the bowl*"."""
+    without_tasks: tuple[str, ...] = ()
+    """Leave out these tasks, named alike."""
     action_space: str | None = None
     """What the actions mean, for datasets that do not say: osc_pose_delta or joint_position."""
     control_rate: float | None = None
@@ -224,11 +229,11 @@ def _continue(config: TrainConfig, record: dict[str, Any], processes: int) -> Tr
 
 
 def _from_json(content: dict[str, Any]) -> TrainConfig:
-    content = dict(content)
+    content = {"tasks": (), "without_tasks": ()} | content  # absent from runs of earlier releases
     for name in ("out", "init_from", "base", "cache_dir"):
         content[name] = content[name] and Path(content[name])
     content["dataset"] = tuple(map(Path, content["dataset"]))
-    for name in ("dataset_weights", "policy"):
+    for name in ("dataset_weights", "policy", "tasks", "without_tasks"):
         content[name] = tuple(content[name])
     content["augmentation"] = AugmentationConfig(**content["augmentation"])
     lora = content["lora"]

@@ -32,7 +32,9 @@ class Demonstrations:
 
     `state` (n, s) and `action` (n, d) are float32, `timestamp` (n,) float64 seconds from the start of
     the episode, `episode` and `task` (n,) int64. Frame `i` belongs to the frames
-    ``[episode_start[i], episode_end[i])``. `instructions` holds the text of every task index.
+    ``[episode_start[i], episode_end[i])``. `instructions` holds the text of every task index. `chosen` are
+    the indices of the tasks to train on, and `statistics` are of their episodes: see
+    `vla.training.task_choice`.
     """
 
     root: Path
@@ -48,9 +50,20 @@ class Demonstrations:
     episode_start: np.ndarray
     episode_end: np.ndarray
     instructions: tuple[str, ...]
+    chosen: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.action)
+
+    @cached_property
+    def chosen_frames(self) -> np.ndarray:
+        """Frames of the chosen tasks, ascending."""
+        return np.flatnonzero(np.isin(self.task, self.chosen))
+
+    @property
+    def chosen_instructions(self) -> tuple[str, ...]:
+        """Text of the chosen tasks."""
+        return tuple(self.instructions[task] for task in self.chosen)
 
     @cached_property
     def hash(self) -> str:
@@ -93,6 +106,7 @@ def open_demonstrations(
         episode_start=start,
         episode_end=end,
         instructions=tuple(map(str, meta.tasks.sort_values("task_index").index)),
+        chosen=tuple(map(int, np.unique(columns["task_index"]))),
     )
 
 

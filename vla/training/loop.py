@@ -28,6 +28,7 @@ from vla.training.metrics import MetricsLog, Window
 from vla.training.policy_setup import start_policy
 from vla.training.precision import time_precisions
 from vla.training.recompute import recompute_activations
+from vla.training.task_choice import choose_tasks
 from vla.training.trainer import Batch, Trainer
 
 __all__ = ["TrainConfig", "train"]
@@ -92,6 +93,7 @@ def _set_up(config: TrainConfig, record: dict | None, accelerator: Accelerator) 
         for root in config.dataset
     ]
     require_same_interface(datasets)
+    datasets = choose_tasks(datasets, config.tasks, config.without_tasks)
     if record is not None:
         _require_same_data(record, datasets)
     checkpoint = last_checkpoint(config.out) if record is not None else None
@@ -186,9 +188,10 @@ def _introduce(trainer: Trainer) -> None:
     trained = sum(p.numel() for p in trainer.policy.parameters() if p.requires_grad)
     parameters = sum(p.numel() for p in trainer.policy.parameters())
     part = f" ({trained / 1e6:.2f} M of them trained)" if trained < parameters else ""
-    tasks = len({text for dataset in trainer.datasets for text in dataset.instructions})
+    tasks = len({text for dataset in trainer.datasets for text in dataset.chosen_instructions})
+    frames = sum(len(dataset.chosen_frames) for dataset in trainer.datasets)
     _console.print(
-        f"{parameters / 1e6:.2f} M parameters{part}, {len(trainer.source)} frames of {tasks} tasks, "
+        f"{parameters / 1e6:.2f} M parameters{part}, {frames} frames of {tasks} tasks, "
         f"{trainer.samples_per_step} samples per step, {trainer.precision}, "
         f"{torch.get_num_threads()} threads, from step {trainer.step}",
         highlight=False,

@@ -82,7 +82,7 @@ def _start_expert(
     if config.statistics == "own":
         loaded = with_statistics(loaded, joint_statistics(datasets))
     head = _new_head(loaded.policy, config.head_seed) if config.head_seed is not None else []
-    instructions = sorted({dataset.instructions[task] for dataset in datasets for task in set(dataset.task)})
+    instructions = sorted({text for dataset in datasets for text in dataset.chosen_instructions})
     card = ExpertCard(
         config.expert,
         base_hash(base),

@@ -136,6 +136,7 @@ def _manifest(trainer: Trainer, weights: Mapping[str, Tensor]) -> dict[str, Any]
         step=trainer.step,
         dataset=[dataset.root.name for dataset in trainer.datasets],
         dataset_hash=[dataset.hash for dataset in trainer.datasets],
+        tasks=[list(dataset.chosen_instructions) for dataset in trainer.datasets],
         samples=trainer.step * trainer.samples_per_step,
         precision=trainer.precision,
         init_from=config.init_from.name if config.init_from else None,

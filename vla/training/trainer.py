@@ -172,17 +172,22 @@ class Trainer:
 def split_frames(
     config: TrainConfig, datasets: Sequence[Demonstrations]
 ) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """Split all frames, numbered across datasets, by episode.
+    """Split the frames of the chosen tasks, numbered across datasets, by episode.
+
+    An episode is held out whatever other tasks are chosen beside its own.
 
     Returns the training frames per dataset and the frames of the held-out loss: ``held_out_samples`` drawn
     once from the held-out episodes, sorted.
     """
     train, held_out, first = [], [], 0
     for dataset in datasets:
-        episodes = held_out_episodes(dataset.episode, dataset.task, config.held_out, config.seed)
-        kept_out = np.isin(dataset.episode, episodes)
-        train.append(first + np.flatnonzero(~kept_out))
-        held_out.append(first + np.flatnonzero(kept_out))
+        chosen = dataset.chosen_frames
+        episode = dataset.episode[chosen]
+        kept_out = np.isin(
+            episode, held_out_episodes(episode, dataset.task[chosen], config.held_out, config.seed)
+        )
+        train.append(first + chosen[~kept_out])
+        held_out.append(first + chosen[kept_out])
         first += len(dataset)
     frames = np.concatenate(held_out)
     if len(frames) > config.held_out_samples:
