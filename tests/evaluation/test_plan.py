@@ -43,6 +43,30 @@ def test_init_states_are_selected_before_they_are_counted():
     assert [episode.init_state for episode in chosen] == [20, 21, 22]
 
 
+def test_tasks_are_selected_suite_by_suite():
+    suites = ("libero_object", "libero_goal", "libero_10")
+    chosen = plan(suites=suites, tasks="libero_goal:1,7-8 libero_object:2", episodes_per_task=1).tasks
+    assert [(task.suite, task.task) for task in chosen] == [
+        ("libero_object", 2),
+        *(("libero_goal", task) for task in (1, 7, 8)),
+        *(("libero_10", task) for task in range(10)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "sentence"),
+    [
+        ("libero_goat:1", r"names 'libero_goat', which is not in --suite. Did you mean 'libero_goal'\?"),
+        ("libero_goal:1 3", "'3' is malformed; write SUITE:TASKS"),
+        ("libero_goal:1 libero_goal:2", "names 'libero_goal' twice"),
+        ("libero_goal:10", "libero_goal has no task 10; there are 0 to 9"),
+    ],
+)
+def test_a_selection_of_tasks_that_cannot_be_meant_is_refused(tasks, sentence):
+    with pytest.raises(UserError, match=sentence):
+        plan(suites=("libero_goal",), tasks=tasks)
+
+
 def test_step_limits_follow_the_protocol_and_only_get_shorter():
     suites = ("libero_spatial", "libero_10_swap")
     assert plan(suites=suites).step_limits == {"libero_spatial": 220, "libero_10_swap": 520}

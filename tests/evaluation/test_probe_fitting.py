@@ -13,6 +13,7 @@ from vla.experts.multi_expert import Observation
 from vla.experts.task_routers import make_task_router
 from vla.experts.task_routers.router import RouterSettings
 from vla.training.dataset import open_demonstrations
+from vla.training.task_choice import choose_tasks
 
 SHADES = {"dark": 0, "middle": 90, "bright": 180}
 
@@ -22,7 +23,7 @@ def shaded(shade, seed):
     return {name: image // 5 + shade for name, image in seen.images.items()}, seen.state
 
 
-def write_dataset(root, shade, seed, episodes=5, length=6):
+def write_dataset(root, shade, seed, episodes=5, length=6, tasks=("find the light",)):
     features = {
         f"observation.images.{name}": {"dtype": "image", "shape": (SIZE, SIZE, 3), "names": None}
         for name in ("image", "image2")
@@ -37,7 +38,7 @@ def write_dataset(root, shade, seed, episodes=5, length=6):
             images, state = shaded(shade, seed + 100 * episode + step)
             frame = {f"observation.images.{name}": image.astype(np.uint8) for name, image in images.items()}
             frame |= {"observation.state": state, "action": np.tanh(state[:7])}
-            dataset.add_frame(frame | {"task": "find the light"})
+            dataset.add_frame(frame | {"task": tasks[episode % len(tasks)]})
         dataset.save_episode()
     dataset.finalize()
     return root
@@ -79,3 +80,15 @@ def test_frames_are_spread_over_the_episodes(scene):
     assert choose_frames(dataset, 2, 400).tolist() == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27]
     assert choose_frames(dataset, 2, 4).tolist() == [0, 9, 18, 27]
     assert len(choose_frames(dataset, 50, 400)) == 30
+
+
+def test_only_the_tasks_on_the_experts_card_count(scene, tmp_path, capsys):
+    tasks = ("find the light", "find the dark")
+    write_dataset(tmp_path / "both", 90, 7, episodes=12, tasks=tasks)
+    save_tiny_expert(tmp_path / "light", scene / "base", 3, tasks[:1])
+    BankFolder.create(tmp_path / "bank", scene / "base", [tmp_path / "light"])
+    line = ["bank", "fit-probe", str(tmp_path / "bank"), "--data", f"light={tmp_path / 'both'}"]
+    assert cli.run(line) == 0
+    assert "light: 12 frames" in capsys.readouterr().out
+    part = choose_tasks([open_demonstrations(tmp_path / "both")], tasks[:1])[0]
+    assert choose_frames(part, 1, 400).tolist() == [0, 12, 24, 36, 48, 60]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vla.atomic import write_text
-from vla.errors import UserError
+from vla.errors import UserError, nearest
 from vla.selection import parse_indices
 from vla.sim.episode import BENCHMARK_SEEDS, Episode, benchmark_episode
 from vla.sim.suites import load_suite
@@ -133,13 +133,16 @@ def make_plan(
 ) -> Plan:
     """Lay out the benchmark episodes: suite by suite, task by task, in the order of the initial states.
 
-    `tasks` and `init_states` select by `parse_indices` (None selects all); `episodes_per_task` then
-    takes the first so many. Raises `UserError` for an unknown suite, task or initial state.
+    `tasks` and `init_states` select by `parse_indices` (None selects all), `tasks` also suite by suite, as
+    in ``"libero_goal:0,3 libero_10:1"``; `episodes_per_task` then takes the first so many. Raises `UserError`
+    for an unknown suite, task or initial state.
     """
     episodes: list[Episode] = []
     planned: list[PlannedTask] = []
     limits: dict[str, int] = {}
-    for name in dict.fromkeys(suites):
+    names = list(dict.fromkeys(suites))
+    selected = _tasks_by_suite(tasks, names)
+    for name in names:
         suite = load_suite(name)
         if suite.is_varied:
             raise UserError(
@@ -147,7 +150,7 @@ def make_plan(
                 f" a LIBERO-PRO suite of it, such as {suite.base}_task."
             )
         limits[name] = min(suite.step_limit(protocol), max_steps or suite.step_limit(protocol))
-        for index in parse_indices(tasks, len(suite.tasks), f"{name} has no task"):
+        for index in parse_indices(selected[name], len(suite.tasks), f"{name} has no task"):
             task = suite.task(index)
             planned.append(PlannedTask(name, index, task.name, task.language))
             chosen = _choose_states(init_states, episodes_per_task, len(suite.init_states(index)), task.name)
@@ -164,6 +167,23 @@ def make_plan(
         policy_delay,
         engine,
     )
+
+
+def _tasks_by_suite(tasks: str | None, suites: Sequence[str]) -> dict[str, str | None]:
+    """Each suite's own selection of tasks; None is all of them."""
+    if tasks is None or ":" not in tasks:
+        return dict.fromkeys(suites, tasks)
+    selected: dict[str, str | None] = dict.fromkeys(suites)
+    for entry in tasks.split():
+        suite, colon, indices = entry.partition(":")
+        if not colon or not indices:
+            raise UserError(f"--tasks '{entry}' is malformed; write SUITE:TASKS, as in libero_goal:0,3.")
+        if suite not in selected:
+            raise UserError(f"--tasks names '{suite}', which is not in --suite.{nearest(suite, suites)}")
+        if selected[suite] is not None:
+            raise UserError(f"--tasks names '{suite}' twice; write its tasks in one entry.")
+        selected[suite] = indices
+    return selected
 
 
 def episode_name(episode: Episode) -> str:

@@ -17,6 +17,7 @@ from vla.experts.multi_expert import MultiExpertPolicy, Observation
 from vla.experts.task_routers.probe import fit_probe, load_features, save_features
 from vla.training.dataset import Demonstrations, open_demonstrations
 from vla.training.frame_cache import LiveFrames
+from vla.training.task_choice import keep_instructions
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class FitProbeConfig:
     experts: Annotated[Path, tyro.conf.Positional]
     """Folder of the bank or merge; features and probe are kept in its task_router folder."""
     data: tuple[str, ...] = ()
-    """Datasets that experts were trained on, as NAME=FOLDER."""
+    """Datasets that experts were trained on, as NAME=FOLDER; the tasks on the expert's card count, if any."""
     frames_per_episode: int = 2
     """Frames to take from each episode: the first, and others evenly spaced after it."""
     max_frames: int = 400
@@ -47,7 +48,7 @@ def run_fit_probe(config: FitProbeConfig) -> None:
     policy = load_experts(config.experts)
     for entry in config.data:
         name, root = _named(entry, policy.names)
-        dataset = open_demonstrations(root)
+        dataset = keep_instructions(open_demonstrations(root), policy.instructions[policy.names.index(name)])
         frames = choose_frames(dataset, config.frames_per_episode, config.max_frames)
         features = torch.stack([policy.base_features(seen) for seen in observations(policy, dataset, frames)])
         save_features(config.experts, name, features, policy.base_hash)
@@ -63,9 +64,13 @@ def run_fit_probe(config: FitProbeConfig) -> None:
 
 
 def choose_frames(dataset: Demonstrations, per_episode: int, limit: int) -> np.ndarray:
-    """Global frame indices, ascending: `per_episode` evenly spaced in each episode, `limit` in all."""
-    starts, first = np.unique(dataset.episode_start, return_index=True)
-    ends = dataset.episode_end[first]
+    """Global frame indices, ascending: `per_episode` evenly spaced in each episode, `limit` in all.
+
+    Of the chosen tasks' episodes only.
+    """
+    chosen = dataset.chosen_frames
+    starts, first = np.unique(dataset.episode_start[chosen], return_index=True)
+    ends = dataset.episode_end[chosen][first]
     spaced = [
         start + np.arange(per_episode) * (end - start) // per_episode
         for start, end in zip(starts, ends, strict=True)

@@ -57,7 +57,8 @@ class EvalConfig:
     suite: tuple[str, ...] = ("libero_object",)
     """One or several suites: LIBERO, LIBERO-PRO (libero_object_swap, ...) or so101_tabletop."""
     tasks: str | None = None
-    """Task indices per suite, for example 0,3 or 0-4; all by default."""
+    """Task indices, for example 0,3 or 0-4, of every suite, or suite by suite in one argument, for example
+    "libero_goal:0,3 libero_10:1"; all by default."""
     init_states: str | None = None
     """The benchmark's initial states, for example 20-49; all 50 by default."""
     episodes_per_task: int | None = None
