@@ -33,7 +33,7 @@ from tiny_backbones import save_decoder
 
 LAST = Path("checkpoints/last")
 LORA = LoraSettings(rank=3, alpha=5.0, rslora=True)
-FULL_NAMES = {"action_decoder", "film", "keyframe_head", "routers"}
+FULL_NAMES = {"action_decoder", "film", "keyframe_head", "routers", "state_projector"}
 
 
 def assert_same_files(a: Path, b: Path, names=("raw_model", "averaged_model", "optimizer_state")) -> None:
@@ -261,6 +261,23 @@ def test_another_base_is_refused(expert_run, base, small_run, tmp_path):
     (config.out / "train.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"'pick'.*was trained on base"):
         train(dataclasses.replace(config, resume=True, steps=6))
+
+
+def test_a_base_is_found_where_it_was_moved_to_together_with_its_expert(expert_run, base, tmp_path):
+    trees = {run: run.parent.name for run in (expert_run, base.parents[2])}
+    for run, name in trees.items():
+        shutil.copytree(run, tmp_path / name / run.name, symlinks=True)
+    folder = find_expert(tmp_path / trees[expert_run] / expert_run.name)
+    moved = tmp_path / trees[base.parents[2]] / base.relative_to(base.parents[3])
+    assert find_base(folder) == moved.resolve() != base, "the one beside it comes first"
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    assert find_base(folder) == moved.resolve(), "also where the old place is gone"
+    weights = load_file(moved / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, moved / "model.safetensors")
+    path.write_text(json.dumps(config))
+    assert find_base(folder) == base, "another checkpoint that stands there is not taken for it"
 
 
 def test_a_base_that_is_gone_is_a_sentence(expert_run, tmp_path):

@@ -11,7 +11,7 @@ import torch
 
 from vla.contract import PolicyContract
 from vla.errors import UserError
-from vla.experts.lora_expert import CONFIG_FILE, LoraExpert, base_hash
+from vla.experts.lora_expert import BASE_WEIGHTS_FILE, CONFIG_FILE, LoraExpert, base_hash
 from vla.policy.checkpoint import LoadedPolicy, load_checkpoint, resolve_checkpoint
 from vla.policy.manifest import make_contract
 from vla.policy.processor_cogmerge import make_cogmerge_pre_post_processors
@@ -30,20 +30,31 @@ def find_expert(path: Path) -> Path | None:
 def find_base(expert: Path) -> Path:
     """Return the base checkpoint that the expert in the folder `expert` says it was trained on.
 
-    Raises `UserError` if it does not say, or if there is nothing any more.
+    Where it stands relative to the expert on its card, so that both can be moved together, or where the
+    adapter's config says; of two different places the one that holds the declared weights. Raises `UserError`
+    if it does not say, or if there is nothing any more.
     """
-    named = LoraExpert.load(expert).config.get("base_model_name_or_path")
+    opened = LoraExpert.load(expert)
+    named, card = opened.config.get("base_model_name_or_path"), opened.card
     if not named:
         raise UserError(
             f"The expert {expert} does not say where its base is; write its folder into"
             f" base_model_name_or_path of {CONFIG_FILE}."
         )
-    if not Path(named).exists():
+    moved = [Path(expert) / card.base_place] if card and card.base_place else []
+    places = dict.fromkeys(place.resolve() for place in (*moved, Path(named)) if place.exists())
+    if not places:
         raise UserError(
             f"The base of the expert {expert} is not at {named} any more; put it back, or write its new place"
             f" into base_model_name_or_path of {CONFIG_FILE}."
         )
-    return Path(named)
+    *others, last = places
+    return next((place for place in others if _holds(place, card.base)), last)
+
+
+def _holds(place: Path, weights: str) -> bool:
+    """Whether a checkpoint with these weights, by their hash, stands at `place`."""
+    return (place / BASE_WEIGHTS_FILE).is_file() and base_hash(place) == weights
 
 
 def load_expert_policy(base: Path, expert: Path, device: str = "cpu") -> LoadedPolicy:

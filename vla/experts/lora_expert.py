@@ -54,6 +54,7 @@ class ExpertCard:
     `head_seed` is the seed from which the expert started a head anew, or None if it kept the base's:
     averaging what was trained in full is only meaningful between experts that started alike.
     `instructions` are the tasks that it was trained on, word for word; routers and evaluations read them.
+    `base_place` leads from the expert's folder to the base's, so that both can be moved together.
     """
 
     name: str
@@ -61,6 +62,7 @@ class ExpertCard:
     head_seed: int | None = None
     version: int = CARD_VERSION
     instructions: tuple[str, ...] = ()
+    base_place: str | None = None
 
 
 @dataclass(frozen=True)
@@ -326,8 +328,10 @@ def load_card(folder: Path) -> ExpertCard | None:
     content = load_json(path)
     if content.get("version") != CARD_VERSION:
         raise UserError(f"{path} has version {content.get('version')!r}, this release reads {CARD_VERSION}.")
-    content.setdefault("instructions", [])  # cards were first written without
+    for key, absent in (("instructions", []), ("base_place", None)):  # cards were first written without
+        content.setdefault(key, absent)
     kinds = {"name": str, "base": str, "head_seed": int | None, "version": int, "instructions": list}
+    kinds |= {"base_place": str | None}
     wrong = sorted(key for key in kinds.keys() | content.keys() if not _fits(content, key, kinds))
     if not wrong and not all(isinstance(text, str) for text in content["instructions"]):
         wrong = ["instructions"]

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from vla.errors import UserError, nearest
 from vla.experts.lora_expert import make_config
 
-#: What instructions steer and what a task's actions are read with. They are small, and low rank is a poor
-#: fit for them: FiLM and routers start near zero, and the head's output is as narrow as an action.
-FULL = ("routers", "film", "action_decoder", "keyframe_head")
+#: What instructions steer, and the head, which reads the robot's state and gives actions (`head_parts` says
+#: what of it merges, the state projector by averaging, as in MergeVLA). They are small, and low rank is a
+#: poor fit for them: FiLM and routers start near zero, states and actions are narrower than the rank. Slots
+#: stay the base's: PEFT keeps whole modules only, and would lose a lone parameter on the way there and back.
+FULL = ("routers", "film", "state_projector", "action_decoder", "keyframe_head")
 RANK = 16
 SCALE = 2.0  # MergeVLA's α = 2r
 _ADAPTER = "default"

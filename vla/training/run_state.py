@@ -8,9 +8,10 @@ named by parameter, so that it does not depend on the number of processes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +118,9 @@ def _ship(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path) -> None
         return
     trained = {name: weights[name] for name in _trained_names(trainer)}
     config = start.adapter.config | {"base_model_name_or_path": str(start.base)}
-    LoraExpert(config, start.adapter.to_peft(trained), start.card, loaded.contract).save(folder)
+    place = os.path.relpath(start.base, folder.resolve())
+    card = replace(start.card, base_place=place)
+    LoraExpert(config, start.adapter.to_peft(trained), card, loaded.contract).save(folder)
     save_manifest(folder, _manifest(trainer, weights))
 
 
