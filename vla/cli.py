@@ -103,6 +103,12 @@ COMMANDS: dict[str, Command] = {
         "ReplayConfig",
         "replay_record",
     ),
+    "robot plot": Command(
+        "draw a recorded run: asked, sent, measured, rates, faults",
+        "vla.robot_drivers.commands.plot",
+        "PlotConfig",
+        "plot_record",
+    ),
     "robot emulate": Command(
         "an SO101 without hardware, at a serial port",
         "vla.robot_drivers.commands.emulate",
