@@ -98,7 +98,7 @@ def record_figure(record: Record, title: str = "") -> Figure:
     seen = [mode for mode in COLOURS if any(it.mode is mode for it in stretches)]
     handles += [Patch(color=COLOURS[mode]) for mode in seen]
     figure.legend(handles, [*labels, *(mode.value for mode in seen)], loc="outside upper center", ncols=8)
-    figure.suptitle(title, fontsize="medium")
+    panels[0].set_title(title, loc="left", fontsize="small")
     panels[-1].set_xlabel("\n".join(["time (s)", *_sentences(faults)]), color="black")
     return figure
 
