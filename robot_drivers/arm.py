@@ -26,7 +26,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,10 @@ from vla.errors import UserError
 from .driver import DriverInfo
 from .ending import Ending
 from .faults import DriverFault, LimitViolation
+from .safety_filter import SafetyFilter
 from .supervisor import Cycle, SupervisorConfig
 from .wire import cycle_from_json, fault_from_json, info_from_json
+from .workspace import Workspace, corners
 
 START_TIMEOUT = 60.0
 """Seconds for the other process to import and describe its arm; a busy machine takes its time."""
@@ -69,6 +71,7 @@ class ArmConfig:
     released (default: the driver's own, `DriverInfo.rest`). `rate` (Hz) defaults to the arm's control rate.
     `heartbeat_timeout` (s) is how long this process may be silent while the arm is energised; the supervisor
     has made the arm hold and rest before it is over. `record` is a file for every cycle, see `recorder`.
+    `workspace` is a box ``(x0, x1, y0, y1, z0, z1)`` in metres for the gripper, see `workspace`.
     """
 
     driver: str
@@ -80,6 +83,7 @@ class ArmConfig:
     following_error: float = 0.12
     supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
     record: str | Path | None = None
+    workspace: Sequence[float] | None = None
 
     def __post_init__(self):
         if not self.heartbeat_timeout > 0 or (self.rate is not None and not 0 < self.rate <= 1000):
@@ -87,6 +91,13 @@ class ArmConfig:
                 f"The arm's heartbeat timeout is {self.heartbeat_timeout} s and its rate {self.rate} Hz: give"
                 " positive numbers, the rate at most 1000."
             )
+        if self.workspace is not None:
+            corners(self.workspace)  # refuses
+
+    def safety_filter(self, info: DriverInfo) -> SafetyFilter:
+        """Return the filter of the arm that `info` describes. Raises `UserError` for a box that is none."""
+        workspace = None if self.workspace is None else Workspace(self.workspace, info)
+        return SafetyFilter(info, self.margin, self.following_error, workspace)
 
     def to_json(self) -> str:
         """Return the configuration as one JSON line."""

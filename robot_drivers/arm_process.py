@@ -31,7 +31,6 @@ from .driver import RobotDriver
 from .ending import Ending, leave
 from .faults import DriverFault
 from .recorder import Recorder
-from .safety_filter import SafetyFilter
 from .supervisor import ENERGISED, Cycle, Mode, ModeError, Supervisor, SupervisorConfig
 from .wire import cycle_to_json, fault_to_json, info_to_json
 
@@ -161,7 +160,7 @@ class ArmProcess:
         self.supervisor = Supervisor(
             driver,
             rest_pose(config, driver),
-            SafetyFilter(driver.info, config.margin, config.following_error),
+            config.safety_filter(driver.info),
             config.supervisor,
         )
         self.pacer = Pacer(1 / (config.rate or driver.info.control_rate))

@@ -15,6 +15,10 @@ could brake in time still can after the step, however irregular the calls are.
 Within those bounds a setpoint is met exactly, so a well-behaved policy is not altered. A setpoint that is
 out of reach is approached on the fastest trapezoid that stops there, and a setpoint at rest overshot by
 no more than 6 a_max Δ² (the last steps of the trapezoid are taken as exact hits).
+
+With a `workspace`, v' is moreover blended with braking, v' ← v_b + λ (v' − v_b), by the largest λ of `BLENDS`
+for which the gripper certainly stays in its box while the arm brakes from there; λ = 0 inherits that from the
+step before. A gripper that is outside, because the arm was enabled there, may only come nearer.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -31,11 +35,17 @@ from vla.errors import UserError
 from .driver import DriverInfo
 from .faults import LimitViolation
 
+if TYPE_CHECKING:
+    from .workspace import Workspace
+
 LONGEST_STEP = 0.1
 """Seconds. A caller that was away for longer finds the arm at rest and sets off from standstill."""
 
 SHORTEST_STEP = 1e-4
 """Seconds. Calls closer together than this send the same position again."""
+
+BLENDS = (1.0, 0.7, 0.4, 0.2, 0.1, 0.0)
+"""Shares of what was wanted, the rest braking, that are tried in turn where a workspace is near its end."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +73,13 @@ class SafetyFilter:
 
     `margin` is kept from both calibrated limits. `following_error` is how far a command may run ahead of
     the measured position: a blocked joint is pushed no further, and does not leap when it comes free.
+    `workspace`, if there is one, bounds where the gripper is sent as well.
     """
 
     info: DriverInfo
     margin: float = 0.01
     following_error: float = 0.12
+    workspace: Workspace | None = None
 
     def __post_init__(self):
         if not 0 <= self.margin < 0.5 or not self.following_error > 0:
@@ -119,6 +131,8 @@ class SafetyFilter:
                 interventions["setpoint"] = str(error)
         target = None if asked is None else self._bounded(asked, measured, interventions)
         q, v = self._advance(state, dt, target)
+        if self.workspace is not None:
+            q, v = self._within_workspace(state, dt, q, v, interventions)
         if asked is not None:
             self._explain(target, q, interventions)
         return Filtered(FilterState(now, q, v), interventions)
@@ -146,13 +160,16 @@ class SafetyFilter:
         info, span = self.info, self.info.upper - self.info.lower
         low, high = info.lower + self.margin * span, info.upper - self.margin * span
         inside = np.clip(asked, low, high)
+        within = inside if self.workspace is None else self.workspace.draw_in(inside, low, high)
         leash = self.following_error * span
-        near = np.clip(inside, measured - leash, measured + leash)
+        near = np.clip(within, measured - leash, measured + leash)
         target = np.clip(near, low, high)  # a measurement beyond the limits must not drag the target there
         for i, name in enumerate(info.joint_names):
             if inside[i] != asked[i]:
                 interventions[name] = "limit"
-            if target[i] != inside[i]:
+            if within[i] != inside[i]:
+                interventions[name] = "workspace"
+            if target[i] != within[i]:
                 interventions[name] = "following error"
         return target
 
@@ -184,11 +201,42 @@ class SafetyFilter:
         inside = np.clip(q, low, high)  # rounding alone can put q outside
         return inside, np.where(inside == q, v, (inside - state.q) / dt)
 
+    def _within_workspace(
+        self, state: FilterState, dt: float, q: np.ndarray, v: np.ndarray, interventions: dict[str, str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return q and v, (J,) each, slowed down as far as the gripper's box demands.
+
+        If even braking led out, or further out, the command stands: an arm that was slowed from the start
+        never gets there, but one may be enabled outside, or come from a ramp to rest, which knows no box.
+        """
+        brake_q, brake_v = self._advance(state, dt, None)
+        free = ~self.workspace.moves  # a gripper may close at the wall
+        outside = self.workspace.distance(state.q)
+        for share in BLENDS:
+            there, slowed = (q, v) if share == 1 else (_blend(brake_q, q, share), _blend(brake_v, v, share))
+            there, slowed = np.where(free, q, there), np.where(free, v, slowed)
+            if outside or not share:
+                allowed = self.workspace.distance(there) <= outside
+            else:
+                allowed = self.workspace.holds_braking(there, slowed)
+            if allowed:
+                break
+        else:
+            there, slowed = np.where(free, q, state.q), np.where(free, v, 0.0)
+        changed = np.flatnonzero(there != q)
+        interventions.update({self.info.joint_names[i]: "workspace" for i in changed})
+        return there, slowed
+
     def _explain(self, target: np.ndarray, q: np.ndarray, interventions: dict[str, str]) -> None:
         """Name the joints that the velocity or acceleration bound keeps from their target."""
         for i, name in enumerate(self.info.joint_names):
             if abs(q[i] - target[i]) > 1e-7 * (self.info.upper[i] - self.info.lower[i]):
                 interventions.setdefault(name, "velocity or acceleration")
+
+
+def _blend(slow: np.ndarray, fast: np.ndarray, share: float) -> np.ndarray:
+    """Return the point between both, (J,); never beyond one of them by rounding."""
+    return np.clip(slow + share * (fast - slow), np.minimum(slow, fast), np.maximum(slow, fast))
 
 
 def stopping_velocity(distance: np.ndarray, acceleration: np.ndarray, dt: float) -> np.ndarray:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -130,6 +130,8 @@ class Supervisor:
     ):
         self.driver, self.config = driver, config or SupervisorConfig()
         self.filter = filter or SafetyFilter(driver.info)
+        # The way to rest knows no box: an arm that could not lie down would fall when it is released.
+        self._lowering = replace(self.filter, workspace=None)
         self.rest_pose = np.asarray(rest, float)
         info = driver.info
         if (
@@ -350,7 +352,8 @@ class Supervisor:
     def _command(self, now: float, asked: Mapping[str, float] | None, fresh: bool) -> Cycle:
         """Filter and send. A faulty arm is braked, and not commanded any more once it stands."""
         before = self._filtered
-        self._filtered, interventions = self.filter.step(before, now, asked, self._state.q)
+        filter = self._lowering if self.mode is Mode.REST else self.filter
+        self._filtered, interventions = filter.step(before, now, asked, self._state.q)
         if self.mode is Mode.TRACK and "setpoint" in interventions:
             self.mode = Mode.HOLD
         elif self.mode is Mode.TRACK:

@@ -12,6 +12,9 @@ from ..arm import ArmConfig
 from ..serial_port import serial_ports
 from ..so101.calibration import calibration_path
 
+Bounds = tuple[float, float, float, float, float, float]
+"""x0 x1 y0 y1 z0 z1 of a box for the gripper, in metres; see `workspace`."""
+
 
 @dataclass(frozen=True)
 class ArmOptions:

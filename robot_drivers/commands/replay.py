@@ -11,7 +11,7 @@ import tyro
 from ..arm import Arm
 from ..recorder import read_record
 from ..replay import replay, track
-from .options import ArmOptions
+from .options import ArmOptions, Bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,8 @@ class ReplayConfig(ArmOptions):
     """Times as fast; what the arm cannot do is slowed down by its safety filter."""
     save: Path | None = None
     """Record this run, too."""
+    workspace: Annotated[Bounds | None, tyro.conf.arg(metavar="X0 X1 Y0 Y1 Z0 Z1")] = None
+    """Box for the gripper in metres: x forwards from the arm's base, y to its left, z up from its foot."""
     dry_run: bool = False
     """Say what would be driven, and connect to nothing."""
 
@@ -38,7 +40,7 @@ def replay_record(config: ReplayConfig) -> None:
         for name, low, high in zip(names, path.goals.min(axis=0), path.goals.max(axis=0), strict=True):
             print(f"  {name:14} {low:8.3f} to {high:8.3f}")
         return
-    with Arm(config.arm_config(record=config.save)) as arm:
+    with Arm(config.arm_config(record=config.save, workspace=config.workspace)) as arm:
         arm.open()
         arm.enable()
         done = replay(record, arm, config.speed)

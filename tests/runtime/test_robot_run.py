@@ -7,6 +7,7 @@ pose), port reusable.
 import contextlib
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -165,6 +166,16 @@ def test_a_dry_run_shows_what_it_would_send_and_touches_nothing(emulator, info, 
     assert "shoulder_pan" in said and said.count("°") > 20
     assert said.rstrip().endswith("Nothing has moved.")
     assert_left_at_rest(emulator, info)
+
+
+def test_a_workspace_is_said_before_the_start_and_kept(emulator, info, server, capsys):
+    low_ceiling = (-0.5, 0.5, -0.5, 0.5, 0.0, 0.1)  # the policy wants the gripper up, at 0.2 m
+    run_robot(config(emulator, server, dry_run=True, seconds=3.0, workspace=low_ceiling))
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"gripper at x 19\d, y -?\d, z 3\d mm", said), said
+    assert "shoulder_lift: workspace" in said and "gripper: workspace" not in said
+    with pytest.raises(UserError, match="empty or too thin along z"):
+        run_robot(config(emulator, server, workspace=(*low_ceiling[:4], 0.2, 0.1)))
 
 
 def heat(emulator):

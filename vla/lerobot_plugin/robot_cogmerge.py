@@ -54,6 +54,7 @@ class CogMergeSo101Config(RobotConfig):
     way to the first actions takes to come up to speed. A picture older than `max_frame_age` (s) is not passed
     on. `silence` (s) is how long the tool may be busy with other things, encoding videos for example.
     `record` is a new file for everything asked, sent and measured (`vla robot replay` drives it again).
+    `workspace` is a box for the gripper, ``[x0, x1, y0, y1, z0, z1]`` in metres from the arm's base.
     `driver_options` are arguments of the driver, for example ``{"reply_timeout": 0.05}``.
     """
 
@@ -65,6 +66,7 @@ class CogMergeSo101Config(RobotConfig):
     max_frame_age: float = 0.5
     silence: float = 300.0
     record: Path | None = None
+    workspace: list[float] | None = None
     driver_options: dict[str, float] = field(default_factory=dict)
     supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
 
@@ -183,6 +185,7 @@ class CogMergeSo101(Robot):
             heartbeat_timeout=self.config.silence,
             supervisor=self.config.supervisor,
             record=self.config.record,
+            workspace=self.config.workspace,
         )
 
     def _look(self) -> Cycle:

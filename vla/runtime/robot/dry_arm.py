@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 
-from vla.robot_drivers import Arm, Cycle, DriverInfo, SafetyFilter
+from vla.robot_drivers import Arm, Cycle, DriverInfo
 
 
 class DryArm:
@@ -17,7 +17,7 @@ class DryArm:
 
     def __init__(self, arm: Arm, show: Callable[[str], None]):
         self._arm, self._show = arm, show
-        self._filter = SafetyFilter(self.info, arm.config.margin, arm.config.following_error)
+        self._filter = arm.config.safety_filter(self.info)
         self._state = None
         self._begin = 0.0
 

@@ -19,6 +19,7 @@ from vla.contract import ACTION_KEY, IMAGE_PREFIX, JOINT_POSITION, ContractError
 from vla.errors import UserError
 from vla.robot_drivers import Cycle, DriverFault, DriverInfo
 from vla.robot_drivers.cameras import Cameras, Frame
+from vla.robot_drivers.workspace import Workspace
 from vla.runtime.chunk_scheduling import ChunkScheduler
 from vla.runtime.robot.control_loop import observe
 from vla.runtime.robot.joint_mapping import JointMapping
@@ -136,6 +137,19 @@ def check_arm(cycle: Cycle | None, fault: DriverFault | None) -> Check:
         if state.temperature.max() > HOTTEST:
             return Check("arm", "fails", ", ".join(found), f"Let it cool down below {HOTTEST:.0f} °C.")
     return Check("arm", "ok", ", ".join(found))
+
+
+def check_workspace(
+    bounds: Sequence[float] | None, info: DriverInfo | None, cycle: Cycle | None
+) -> list[Check]:
+    """Where the gripper is in the box that was asked for; nothing without one."""
+    if bounds is None or info is None or cycle is None or cycle.state is None:
+        return []
+    workspace = Workspace(bounds, info)
+    found = workspace.describe(cycle.state.q)
+    if workspace.distance(cycle.state.q) > 0:
+        return [Check("workspace", "note", f"{found}: it may only come nearer, until it is inside")]
+    return [Check("workspace", "ok", found)]
 
 
 def check_rate(contract: PolicyContract, info: DriverInfo | None, stale_hold: float) -> Check:

@@ -16,7 +16,7 @@ from vla.contract import PolicyContract
 from vla.errors import UserError
 from vla.robot_drivers import Arm, ArmConfig, Cycle, DriverFault, SupervisorConfig
 from vla.robot_drivers.cameras import Cameras
-from vla.robot_drivers.commands.options import ArmOptions
+from vla.robot_drivers.commands.options import ArmOptions, Bounds
 from vla.runtime.chunk_scheduling import ChunkScheduler, make_scheduler
 from vla.runtime.robot import preflight
 from vla.runtime.robot.camera_options import make_cameras
@@ -74,6 +74,8 @@ class RunConfig(ArmOptions):
     """Seconds after which a camera's picture is too old to act on; the contract's if not given."""
     policy_timeout: float = 10.0
     """Seconds after which a policy that does not answer ends the run."""
+    workspace: Annotated[Bounds | None, tyro.conf.arg(metavar="X0 X1 Y0 Y1 Z0 Z1")] = None
+    """Box for the gripper in metres: x forwards from the arm's base, y to its left, z up from its foot."""
     driver_options: str = "{}"
     """More arguments of the driver, as JSON, for example {"reply_timeout": 0.05}."""
     supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
@@ -136,6 +138,7 @@ def arm_config(config: RunConfig, record: RunRecord | None) -> ArmConfig:
         arguments,
         supervisor=config.supervisor,
         record=None if record is None else record.arm_file,
+        workspace=config.workspace,
     )
 
 
@@ -173,6 +176,7 @@ def _preflight(
         preflight.check_arm(cycle, fault),
         preflight.check_action_space(contract),
         *preflight.check_joints(contract, info, convention),
+        *preflight.check_workspace(config.workspace, info, cycle),
         preflight.check_rate(contract, info, config.supervisor.stale_hold),
         *preflight.check_cameras(contract, cameras, CAMERA_TIMEOUT),
     ]
