@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.sampler import EpisodeAwareSampler
 
-from vla.contract import JOINT_POSITION, OSC_POSE_DELTA
+from vla.contract import JOINT_POSITION, OSC_POSE_DELTA, Vector
 from vla.policy.configuration_cogmerge import CogMergeConfig
 from vla.training.augmentation import AugmentationConfig
 from vla.training.batches import BatchSource
@@ -54,7 +56,25 @@ def test_action_offsets_may_reach_into_the_past(video_dataset):
 def test_image_dataset_with_other_cameras(image_dataset):
     batch = source(image_dataset, size=16, action_space=JOINT_POSITION).batch(np.array([3, 70]))
     assert batch["observation.images.front"].shape == (2, 3, 16, 16)
-    assert "keyframe" not in batch  # only OSC_POSE says what a gripper is
+    assert "keyframe" not in batch  # nothing is called a gripper
+
+
+def test_joint_datasets_aim_at_the_joints_of_the_next_gripper_event(video_dataset):
+    """The first seven entries of the state stand for joints here; the gripper changes halfway."""
+    dataset = open_demonstrations(video_dataset, action_space=JOINT_POSITION)
+    names = (*(f"joint_{k}.pos" for k in range(6)), "gripper.pos")
+    vectors = {
+        "state": Vector("observation.state", names, ("deg",) * 6 + ("percent",)),
+        "action": Vector("action", names),
+    }
+    interface = dataclasses.replace(dataset.interface, **vectors)
+    arm = dataclasses.replace(dataset, interface=interface, state=dataset.state[:, :7])
+    batch = BatchSource([arm], [LiveFrames(dataset, 16)], range(2)).batch(np.array([2, 7]))
+    event = 6  # of the first episode's twelve frames
+    torch.testing.assert_close(
+        batch["keyframe"][0], torch.from_numpy(arm.state[event, :6] - arm.state[2, :6]), rtol=0, atol=0
+    )
+    assert batch["keyframe_is_pad"].tolist() == [False, True]
 
 
 def test_mixed_datasets_are_numbered_one_after_the_other(video_dataset, tmp_path):

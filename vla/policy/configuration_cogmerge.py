@@ -70,8 +70,10 @@ class CogMergeConfig(PreTrainedConfig):
     for those that read all its layers. `head_seed` is what the head's initial values follow from
     (`vla.policy.head`); a new policy takes torch's own seed, None is a checkpoint that does not say.
 
-    `keyframe` adds one slot, or row of the action decoder, that predicts where the gripper acts next; its
-    loss counts with `keyframe_weight` and only when the batch brings the target. `action_space` is written
+    `keyframe` adds one slot, or row of the action decoder, that predicts where the gripper acts next: how far
+    the first `keyframe_dim` entries of the state are from where they will be then, in units of
+    `keyframe_unit` (so that its loss is of the actions' size). Its loss counts with `keyframe_weight` and
+    only when the batch brings the target. `action_space` is written
     into the contract when the dataset does not say what its actions mean.
     """
 
@@ -117,6 +119,8 @@ class CogMergeConfig(PreTrainedConfig):
     head_seed: int | None = None
     keyframe: bool | None = None
     keyframe_weight: float = 0.3
+    keyframe_dim: int = 3
+    keyframe_unit: float = 0.1
     action_space: str | None = None
 
     normalization_mapping: dict[str, NormalizationMode] = field(

@@ -21,13 +21,11 @@ from vla.policy.vision import VisionTower
 #: Normalised states beyond this are clamped: an arm that strays outside the demonstrations should look
 #: unusual to the network, not infinite.
 STATE_LIMIT = 5.0
-#: The keyframe head predicts in units of this many metres, so that its loss is of the actions' size.
-KEYFRAME_UNIT = 0.1
 
 
 @dataclass
 class Prediction:
-    """`actions` (B, K, D), normalised; `keyframe` (B, 3) in metres relative to the end effector, or None."""
+    """`actions` (B, K, D), normalised; `keyframe` (B, F) in the state's units, relative to now, or None."""
 
     actions: Tensor
     keyframe: Tensor | None
@@ -86,7 +84,7 @@ class CogMergeModel(nn.Module):
                 nn.Parameter(torch.randn(self.action_decoder.slot_count, dim) * 0.5) if learned else None
             )
         with seeded(seed, "keyframe_head"):
-            self.keyframe_head = nn.Linear(dim, 3) if config.keyframe else None
+            self.keyframe_head = nn.Linear(dim, config.keyframe_dim) if config.keyframe else None
 
     @property
     def reads_layers(self) -> bool:
@@ -147,5 +145,5 @@ class CogMergeModel(nn.Module):
         actions, aim = self.action_decoder(read)
         keyframe = None
         if self.keyframe_head is not None:
-            keyframe = self.keyframe_head(aim).float() * KEYFRAME_UNIT
+            keyframe = self.keyframe_head(aim).float() * self.config.keyframe_unit
         return Prediction(actions, keyframe)

@@ -17,7 +17,7 @@ from vla.errors import UserError
 from vla.policy.configuration_cogmerge import CogMergeConfig
 from vla.policy.images import unit_range
 from vla.policy.manifest import contract_from_metadata, describe_build, save_manifest
-from vla.policy.model import KEYFRAME_UNIT, CogMergeModel, Prediction
+from vla.policy.model import CogMergeModel, Prediction
 from vla.policy.units import unit_classes
 
 KEYFRAME_KEY = "keyframe"
@@ -82,8 +82,8 @@ class CogMergePolicy(PreTrainedPolicy):
         """Loss of a preprocessed batch, and its parts as floats.
 
         Reads the cameras (B, 3, S, S), ``observation.state`` (B, state_dim), the instruction tokens,
-        ``action`` (B, K, D) and, where present, ``action_is_pad`` (B, K), ``keyframe`` (B, 3) in metres
-        relative to the end effector and ``keyframe_is_pad`` (B,) bool (True: no event ahead). Without
+        ``action`` (B, K, D) and, where present, ``action_is_pad`` (B, K), ``keyframe`` (B, F) in the
+        state's units, relative to now, and ``keyframe_is_pad`` (B,) bool (True: no event ahead). Without
         ``keyframe`` the loss is the action loss alone. ``reduction="none"`` gives one loss per sample, (B,).
         """
         predicted = self.predict(batch)
@@ -97,10 +97,9 @@ class CogMergePolicy(PreTrainedPolicy):
         report = {name: loss.detach().mean().item() for name, loss in losses.items()}
         return (total.mean() if reduction == "mean" else total), report
 
-    @staticmethod
-    def _keyframe_loss(predicted: Tensor, batch: dict[str, Any]) -> Tensor:
-        """L1 distance to the next gripper event per sample, (B,), in `KEYFRAME_UNIT`; pads count 0."""
-        error = (predicted - batch[KEYFRAME_KEY].float()).abs().mean(-1) / KEYFRAME_UNIT
+    def _keyframe_loss(self, predicted: Tensor, batch: dict[str, Any]) -> Tensor:
+        """L1 distance to the next gripper event per sample, (B,), in `keyframe_unit`; pads count 0."""
+        error = (predicted - batch[KEYFRAME_KEY].float()).abs().mean(-1) / self.config.keyframe_unit
         is_pad = batch.get(f"{KEYFRAME_KEY}_is_pad")
         return error if is_pad is None else error.masked_fill(is_pad.reshape(-1), 0.0)
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from vla.contract import ACTION_KEY, OSC_POSE_DELTA, STATE_KEY
+from vla.contract import ACTION_KEY, STATE_KEY, Interface
 from vla.training.augmentation import AugmentationConfig, augment
 from vla.training.dataset import Demonstrations
 from vla.training.frame_cache import FrameCache
-from vla.training.keyframe import next_keyframe
+from vla.training.keyframe import HandPlace, is_closed, next_keyframe
 
 KEYFRAME_KEY = "keyframe"
 
@@ -47,7 +47,7 @@ class BatchSource:
         self._instruction = np.concatenate(
             [np.array(dataset.instructions, dtype=object)[dataset.task] for dataset in datasets]
         )
-        self._keyframe = self._keyframes(datasets[0].interface.action_space)
+        self._keyframe = self._keyframes(datasets[0].interface)
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -62,8 +62,8 @@ class BatchSource:
 
         Images (B, 3, S, S) uint8, ``observation.state`` (B, s), ``action`` (B, K, D) with steps past the
         end of an episode clamped to its last action and flagged in ``action_is_pad`` (B, K), ``task``
-        a list of B strings; ``keyframe`` (B, 3) and ``keyframe_is_pad`` (B,) where the action space has
-        them. `augmentation` is applied with the randomness of `generator`.
+        a list of B strings; ``keyframe`` (B, F) and ``keyframe_is_pad`` (B,) where the interface says
+        where the hand is. `augmentation` is applied with the randomness of `generator`.
         """
         steps = frames[:, None] + self._offsets
         start, end = self._start[frames][:, None], self._end[frames][:, None]
@@ -98,8 +98,9 @@ class BatchSource:
                 images.setdefault(key, np.empty((len(frames), *array.shape[1:]), np.uint8))[rows] = array
         return images
 
-    def _keyframes(self, action_space: str | None) -> tuple[np.ndarray, np.ndarray] | None:
-        """Only OSC_POSE says that the state begins with a position and the action ends with a gripper."""
-        if action_space != OSC_POSE_DELTA or self._state is None:
+    def _keyframes(self, interface: Interface) -> tuple[np.ndarray, np.ndarray] | None:
+        place = HandPlace.of(interface)
+        if place is None:
             return None
-        return next_keyframe(self._state[:, :3], self._action[:, -1], self._end)
+        closed = is_closed(self._action[:, -1], interface.action_space)
+        return next_keyframe(self._state[:, : place.dim], closed, self._end)

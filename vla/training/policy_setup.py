@@ -26,6 +26,7 @@ from vla.policy.modeling_cogmerge import CogMergePolicy
 from vla.policy.processor_cogmerge import make_cogmerge_pre_post_processors
 from vla.training.config import TrainConfig
 from vla.training.dataset import Demonstrations, joint_statistics
+from vla.training.keyframe import HandPlace
 from vla.training.lora import Adapter, adapt
 
 _ACTION_SPACES = (OSC_POSE_DELTA, JOINT_POSITION)
@@ -180,6 +181,8 @@ def new_policy_config(config: TrainConfig, interface: Interface, device: str) ->
     }
     if interface.state is not None:
         inputs[interface.state.key] = PolicyFeature(FeatureType.STATE, (interface.state.dim,))
+    place = HandPlace.of(interface)
+    keyframe = {} if place is None else {"keyframe_dim": place.dim, "keyframe_unit": place.unit}
     return CogMergeConfig(
         preset=config.preset,
         input_features=inputs,
@@ -187,7 +190,7 @@ def new_policy_config(config: TrainConfig, interface: Interface, device: str) ->
         device=device,
         action_space=interface.action_space,
         push_to_hub=False,
-        **_overrides(config.policy),
+        **keyframe | _overrides(config.policy),
     )
 
 

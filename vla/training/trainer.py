@@ -83,6 +83,8 @@ class Trainer:
     def preprocess(self, batch: Batch) -> Batch:
         """Run the policy's preprocessor, which knows nothing of the keyframe target."""
         targets = {key: value for key, value in batch.items() if key.startswith(KEYFRAME_KEY)}
+        if targets and targets[KEYFRAME_KEY].shape[-1] != self.policy.config.keyframe_dim:
+            targets = {}  # a checkpoint from elsewhere, whose head was made for another target
         device = self.accelerator.device
         inputs = self.start.loaded.preprocessor(batch)
         return inputs | {key: value.to(device) for key, value in targets.items()}
