@@ -1,9 +1,10 @@
 """Demonstrations into one LeRobotDataset v3: the step that runs once, when every demonstration exists.
 
 LeRobot's own writer appends episode by episode, rewriting the growing video every time, and a kill
-leaves it without its footer. Here each task's videos are joined once, without decoding, and the
-data is written in one pass; the metadata goes through LeRobot's own classes. The order is that of
-the tasks and attempts, so the result does not depend on which worker recorded what.
+leaves it without its footer. Here each task's videos are joined once, without decoding, into as few files
+as `LONGEST_VIDEO` allows, and the data is written in one pass; the metadata goes through LeRobot's own
+classes. The order is that of the tasks and attempts, so the result does not depend on which worker recorded
+what.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from vla.sim.worlds import World
 
 SIMULATOR_PATH = "simulator/episode_{:06d}.safetensors"
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
+
+#: Seconds. LeRobot looks frames up by their time in float32, within 0.1 ms: beyond 1024 s that is one step.
+LONGEST_VIDEO = 900.0
 
 #: LeRobot's default encoding on one thread per worker: 2 to 3 % of what drawing the frames costs.
 ENCODER = RGBEncoderConfig()
@@ -107,9 +111,10 @@ def assemble(
     meta = LeRobotDatasetMetadata.create(name, fps, features, robot_type=world.robot, root=root)
     demonstrations = [[_Demonstration.load(folder) for folder in folders] for folders in tasks]
     with _DataWriter(meta) as writer:
-        for file_index, task in enumerate(demonstrations):
-            _join_videos(meta, task, file_index)
-            for start, demonstration in zip(_starts(task), task, strict=True):
+        files = (part for task in demonstrations for part in _video_files(task, int(LONGEST_VIDEO * fps)))
+        for file_index, part in enumerate(files):
+            _join_videos(meta, part, file_index)
+            for start, demonstration in zip(_starts(part), part, strict=True):
                 _add_episode(meta, writer, demonstration, file_index, start)
     meta.finalize()
     meta.update_video_info(video_encoder=ENCODER)
@@ -138,17 +143,29 @@ class _DataWriter:
         self._writer.write_table(pa.Table.from_pydict(rows, schema=self._schema))
 
 
-def _starts(task: Sequence[_Demonstration]) -> Iterator[int]:
-    """Yield the frame at which each demonstration starts in its task's video."""
-    start = 0
+def _video_files(task: Sequence[_Demonstration], most_frames: int) -> Iterator[list[_Demonstration]]:
+    """Cut a task's demonstrations, in order, into runs of at most `most_frames` frames, or of one alone."""
+    part: list[_Demonstration] = []
     for demonstration in task:
+        if part and sum(d.length for d in part) + demonstration.length > most_frames:
+            yield part
+            part = []
+        part.append(demonstration)
+    if part:
+        yield part
+
+
+def _starts(part: Sequence[_Demonstration]) -> Iterator[int]:
+    """Yield the frame at which each demonstration starts in its video file."""
+    start = 0
+    for demonstration in part:
         yield start
         start += demonstration.length
 
 
-def _join_videos(meta: LeRobotDatasetMetadata, task: Sequence[_Demonstration], file_index: int) -> None:
+def _join_videos(meta: LeRobotDatasetMetadata, part: Sequence[_Demonstration], file_index: int) -> None:
     for key in meta.video_keys:
-        parts = [d.folder / f"{key.removeprefix(IMAGE_PREFIX)}.mp4" for d in task]
+        parts = [d.folder / f"{key.removeprefix(IMAGE_PREFIX)}.mp4" for d in part]
         path = meta.root / meta.video_path.format(video_key=key, chunk_index=0, file_index=file_index)
         concatenate_video_files(parts, path)
 
