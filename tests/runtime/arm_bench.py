@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 
@@ -84,6 +85,32 @@ def save_untrained_arm_policy(folder, contract):
         make_contract(config, need, contract.statistics),
         describe_build(policy, step=0),
     )
+
+
+def save_arm_expert(folder, base, seed, instructions, shift=0.0):
+    """Save an expert of the policy in `base`: random factors, actions `shift`ed by so many of its units."""
+    import torch
+    from safetensors.torch import load_file
+
+    from vla.experts.lora_expert import LoraExpert, declare, make_config
+
+    weights = load_file(base / "model.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    tensors, ranks = {}, {}
+    for name in (name for name in weights if name.endswith(("q_proj.weight", "v_proj.weight"))):
+        module, (rows, columns) = name.removesuffix(".weight"), weights[name].shape
+        ranks[module] = 2
+        tensors[f"{module}.lora_A.weight"] = torch.randn(2, columns, generator=generator)
+        tensors[f"{module}.lora_B.weight"] = torch.randn(rows, 2, generator=generator)
+    contract = PolicyContract.load(base)
+    action = {
+        name: [it + shift for it in row] if name != "std" else row
+        for name, row in contract.statistics["action"].items()
+    }
+    contract = replace(contract, statistics=contract.statistics | {"action": action})
+    LoraExpert(make_config(ranks, 2), tensors, contract=contract).save(folder)
+    declare(folder, folder.name, base, 1, instructions)
+    return folder
 
 
 class SwayPolicy:

@@ -18,10 +18,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from arm_bench import HEIGHT, WIDTH, FakeCamera, arm_contract, raised, save_untrained_arm_policy, sway_server
+from arm_bench import (
+    HEIGHT,
+    WIDTH,
+    FakeCamera,
+    arm_contract,
+    raised,
+    save_arm_expert,
+    save_untrained_arm_policy,
+    sway_server,
+)
 from rich.console import Console
 
 from vla.errors import UserError
+from vla.experts.bank_folder import BankFolder
 from vla.robot_drivers import Arm, ArmConfig, Mode, SupervisorConfig
 from vla.robot_drivers.emulation import Emulator
 from vla.robot_drivers.recorder import read_record
@@ -155,6 +165,29 @@ def test_a_checkpoint_drives_the_arm_and_leaves_it_at_rest(emulator, info, contr
     assert np.array(answers[0]["chunk"]).shape == (16, 6) and len(answers[0]["state"]) == 6
     with pytest.raises(UserError, match="holds something already"):
         run_robot(settings)
+
+
+def test_a_bank_drives_the_arm_with_the_expert_that_the_task_means(
+    emulator, info, contract, tmp_path, capsys
+):
+    base = save_untrained_arm_policy(tmp_path / "base", contract)
+    experts = [
+        save_arm_expert(tmp_path / name, base, seed, (task,))
+        for seed, (name, task) in enumerate({"place": "put the cube away", "wave": "wave a hand"}.items())
+    ]
+    BankFolder.create(tmp_path / "bank", base, experts)
+    record = tmp_path / "record"
+    settings = config(emulator, None, checkpoint=tmp_path / "bank", device="cpu", task="wave a hand")
+    run_robot(replace(settings, seconds=3.0, record=record))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "'wave' acts (language" in said and "at rest and released" in said
+    assert_left_at_rest(emulator, info)
+    summary = json.loads((record / "run.json").read_text())
+    assert summary["policy"]["choice"]["expert"] == "wave" and summary["queries"] > 1
+    emulator.trace()
+    with pytest.raises(UserError, match="cannot tell whether"):
+        run_robot(replace(settings, task_router_margin=2.5))
+    assert emulator.trace() == [], "not even looked at"
 
 
 def test_a_dry_run_shows_what_it_would_send_and_touches_nothing(emulator, info, server, capsys):

@@ -176,12 +176,12 @@ def holds_experts(folder: Path) -> bool:
     return (Path(folder) / BANK_FILE).is_file() or _is_merge(folder)
 
 
-def load_experts(folder: Path) -> MultiExpertPolicy:
-    """Load a bank or a merge."""
+def load_experts(folder: Path, device: str = "cpu") -> MultiExpertPolicy:
+    """Load a bank or a merge onto a device."""
     from vla.experts.bank_policy import BankPolicy
     from vla.experts.merged_policy import MergedPolicy
 
-    return MergedPolicy.load(folder) if _is_merge(folder) else BankPolicy.load(folder)
+    return MergedPolicy.load(folder, device) if _is_merge(folder) else BankPolicy.load(folder, device)
 
 
 def known_instructions(folder: Path) -> dict[str, tuple[str, ...]]:

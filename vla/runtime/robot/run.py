@@ -22,7 +22,7 @@ from vla.runtime.robot import preflight
 from vla.runtime.robot.camera_options import make_cameras
 from vla.runtime.robot.control_loop import ControlLoop, Listener, RunEnd
 from vla.runtime.robot.dry_arm import DryArm
-from vla.runtime.robot.policy_source import PolicyHere, open_policy
+from vla.runtime.robot.policy_source import ExpertChoice, PolicyHere, open_policy
 from vla.runtime.robot.policy_thread import PolicyThread
 from vla.runtime.robot.run_record import RunRecord
 from vla.runtime.robot.terminal_view import TerminalView
@@ -39,7 +39,13 @@ class RunConfig(ArmOptions):
     task: str
     """What the arm shall do, in words."""
     checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Checkpoint folder of a policy that runs here."""
+    """Checkpoint folder of a policy that runs here; an expert, a bank or a merge too."""
+    expert: str | None = None
+    """Who acts of a bank or merge; by default the task router decides from --task."""
+    task_router: str | None = None
+    """Who decides that: language (the default), value_subspace or probe; none runs a merge as it is."""
+    task_router_margin: float | None = None
+    """Lead over the second expert below which nothing starts; the router's own by default."""
     server: str | None = None
     """Address of a policy that runs elsewhere, ws://HOST:PORT of a `vla serve`."""
     token: str | None = None
@@ -91,7 +97,14 @@ def run_robot(config: RunConfig) -> None:
     console = Console(stderr=True)
     with ExitStack() as stack:
         policy = stack.enter_context(
-            open_policy(config.checkpoint, config.server, config.token, config.device, config.engine)
+            open_policy(
+                config.checkpoint,
+                config.server,
+                config.token,
+                config.device,
+                config.engine,
+                ExpertChoice(config.task, config.expert, config.task_router, config.task_router_margin),
+            )
         )
         scheduler = make_scheduler(config.scheduler, policy.contract.chunk_size, config.horizon)
         cameras = stack.enter_context(Cameras(make_cameras(config.cameras, policy.contract)))
@@ -183,6 +196,8 @@ def _preflight(
     failing = any(check.verdict == "fails" for check in checks)
     joints = None if failing else preflight.map_joints(contract, info, convention)
     checks.append(preflight.check_policy(contract, policy, cycle, cameras, joints, scheduler, config.task))
+    if policy.expert is not None:
+        checks.append(preflight.Check("expert", "ok", policy.expert.sentence))
     return checks, joints
 
 
