@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -136,6 +137,19 @@ def test_merging_one_peft_adapter_is_merging_it_in_peft(save_base, save_adapter,
     merged = type(make_model()).from_pretrained(out).eval()
     tokens = torch.arange(6)[None]
     torch.testing.assert_close(merged(tokens).logits, model(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_merge_finds_its_base_where_both_were_moved(scene, tmp_path_factory):
+    out = run(scene, **{"lambda": 0.6})
+    before = dict(MergedCheckpoint.open(out).task_weights("pick"))
+    moved = shutil.move(scene, tmp_path_factory.mktemp("elsewhere") / "scene")
+    merged = MergedCheckpoint.open(moved / "out")
+    assert merged.base == (moved / "base").resolve()
+    after = dict(merged.task_weights("pick"))
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in after)
+    (moved / "base").rename(moved / "gone")
+    with pytest.raises(UserError, match=r"is not the base that .*out was merged from; put that back"):
+        MergedCheckpoint.open(moved / "out")
 
 
 def test_second_run_gives_the_same_bits(scene):

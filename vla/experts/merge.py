@@ -17,6 +17,7 @@ a time. Tensor order, accumulation order and random numbers are fixed, so the sa
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -113,6 +114,7 @@ def merge(recipe: Recipe, out: Path) -> dict[str, Any]:
         outputs = stream.write(staging)
         write_text(staging / RECIPE_FILE, recipe.text)
         manifest = _manifest(recipe, inputs, plan, stream, outputs)
+        manifest["base"]["place"] = os.path.relpath(recipe.base.resolve(), out.resolve())
         write_text(staging / MERGE_FILE, json.dumps(manifest, indent=2) + "\n")
     return manifest
 

@@ -30,7 +30,7 @@ class MergedCheckpoint:
 
     @classmethod
     def open(cls, folder: Path, base: Path | None = None) -> MergedCheckpoint:
-        """Open a merge; `base` says where the base is, if not where it was.
+        """Open a merge; `base` says where the base is, if not where it was, seen from the merge or at all.
 
         Raises `UserError` if `folder` is no merge, or if it has masks and the base is absent or another.
         """
@@ -43,10 +43,7 @@ class MergedCheckpoint:
                 f"{folder / MERGE_FILE} has version {manifest.get('version')!r}, this release reads"
                 f" {MERGE_VERSION}."
             )
-        base = Path(base or manifest["base"]["path"])
-        if (folder / DELTA_FILE).exists() and base_hash(base) != manifest["base"]["sha256"]:
-            raise UserError(f"{base} is not the base that {folder} was merged from; name the right one.")
-        return cls(folder, base, manifest)
+        return cls(folder, _find_base(folder, manifest["base"], base), manifest)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -92,3 +89,18 @@ class MergedCheckpoint:
             delta, mask = deltas[name], unpack(masks[name], shapes[name])
             rescale = self.manifest["rescale"]["experts"][expert] if name in rescaled else 1.0
             yield name, masked_weights(base[name], delta, mask, rescale).to(delta.dtype)
+
+
+def _find_base(folder: Path, told: Mapping[str, Any], named: Path | None) -> Path:
+    """Where the base is; with masks, which change its weights, the place that holds the right ones."""
+    places = [folder / told["place"]] if "place" in told else []  # merges of earlier releases tell none
+    places = [Path(named)] if named else [*places, Path(told["path"])]
+    found = [place.resolve() for place in places if (place / BASE_WEIGHTS_FILE).is_file()]
+    if not (folder / DELTA_FILE).exists():
+        return found[0] if found else places[-1]
+    for place in dict.fromkeys(found):
+        if base_hash(place) == told["sha256"]:
+            return place
+    raise UserError(
+        f"{places[-1]} is not the base that {folder} was merged from; put that back, or merge again."
+    )
