@@ -168,6 +168,7 @@ def test_what_cannot_be_meant_is_refused_before_anything_runs(driver, stages, se
     done, lines = driver(*stages, **settings)
     assert done.returncode != 0 and sentence in done.stderr
     assert lines == []
+    assert driver("joint")[0].returncode == 0, "the folder is not bound to a mistake"
 
 
 def test_a_folder_holds_one_experiment(driver):
