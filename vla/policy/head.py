@@ -25,7 +25,8 @@ class HeadParts:
     """Globs on parameter names of a policy, as merge recipes take them; `private` wins over `shared`.
 
     When experts whose heads were trained in full are merged, `shared` is averaged and each task keeps its
-    own `private`: the action decoder's ``private_parts`` and what predicts the keyframe from them.
+    own `private`: the action decoder's ``private_parts`` and what predicts the keyframe from them. Slots are
+    among the shared only of experts that started their head anew; otherwise they stay the base's.
     """
 
     shared: tuple[str, ...]
