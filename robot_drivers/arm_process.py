@@ -37,6 +37,7 @@ from .wire import cycle_to_json, fault_to_json, info_to_json
 DRIVERS = {
     "so101": "vla.robot_drivers.so101.driver:make_so101",
     "lerobot": "vla.robot_drivers.adapters.lerobot_robot:make_lerobot",
+    "trossen": "vla.robot_drivers.adapters.trossen:make_trossen",
 }
 """Factories of drivers by short name."""
 
