@@ -30,7 +30,7 @@ from torch import Tensor
 
 from vla.errors import UserError
 from vla.kernels.dispatch import Choice, choose, triton_refusal
-from vla.kernels.launch import TritonKernel, cdiv, empty, power_of_two, warps
+from vla.kernels.launch import TritonKernel, as_dtype, cdiv, empty, power_of_two, warps
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -76,23 +76,23 @@ def torch_path(
     """The same with torch's own norms, in at least fp32; differentiable by autograd."""
     work = torch.promote_types(x.dtype, torch.float32)
     h = _residual_film(x, a, gamma, beta, work)
-    weight, bias = (None if p is None else p.to(work) for p in (weight, bias))
-    wide = h.to(work)
+    weight, bias = (None if p is None else as_dtype(p, work) for p in (weight, bias))
+    wide = as_dtype(h, work)
     if norm == "layer":
         y = F.layer_norm(wide, wide.shape[-1:], weight, bias, eps)
     else:
         y = F.rms_norm(wide, wide.shape[-1:], weight, eps)
         y = y if bias is None else y + bias
-    return h, y.to(x.dtype)
+    return h, as_dtype(y, x.dtype)
 
 
 def _residual_film(
     x: Tensor, a: Tensor, gamma: Tensor | None, beta: Tensor | None, work: torch.dtype
 ) -> Tensor:
-    s = x.to(work) + a.to(work)
+    s = as_dtype(x, work) + as_dtype(a, work)
     if gamma is not None:
-        s = s + gamma.to(work)[:, None] * s + beta.to(work)[:, None]
-    return s.to(x.dtype)
+        s = s + as_dtype(gamma, work)[:, None] * s + as_dtype(beta, work)[:, None]
+    return as_dtype(s, x.dtype)
 
 
 def _forward_kernel(
@@ -297,7 +297,7 @@ def _backward(ctx, dh, dy, _):
     bias = ctx.dtypes[3] is not None
     ds, *sums = torch.ops.cogmerge.add_film_norm_backward(dh, dy, *ctx.saved_tensors, ctx.centered, bias)
     parameters = [None if d is None else g.to(d) for g, d in zip(sums, ctx.dtypes, strict=True)]
-    return ds, ds, *parameters, None, None
+    return ds, ds.to(ctx.saved_tensors[1].dtype), *parameters, None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -331,9 +331,9 @@ def add_film_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return ``h = (1 + gamma) * (x + a) + beta`` and ``y = norm(h) * weight + bias``.
 
-    `x` and `a` (B, N, D) of one dtype, which `h` and `y` (B, N, D) share; `gamma` and `beta` (B, D), both or
-    neither; `weight` and `bias` (D). `norm` is "rms" or "layer". Raises `UserError` for other shapes, another
-    norm or a `path` that cannot run.
+    `x` and `a` (B, N, D); `h` and `y` (B, N, D) have the dtype of `x`: under autocast a layer's output `a` is
+    narrower than the stream. `gamma` and `beta` (B, D), both or neither; `weight` and `bias` (D). `norm` is
+    "rms" or "layer". Raises `UserError` for other shapes, another norm or a `path` that cannot run.
     """
     _check(x, a, gamma, beta, weight, bias, norm)
     if dispatch(x, path).path == "torch":
@@ -345,15 +345,14 @@ def add_film_norm(
 def _check(x, a, gamma, beta, weight, bias, norm):
     if norm not in NORMS:
         raise UserError(f"add_film_norm: no norm '{norm}'; choose one of {', '.join(NORMS)}.")
-    if x.ndim != 3 or a.shape != x.shape or a.dtype != x.dtype:
+    if x.ndim != 3 or a.shape != x.shape:
         raise UserError(
-            f"add_film_norm: x {x.dtype} {tuple(x.shape)} and a {a.dtype} {tuple(a.shape)} must have one "
-            "dtype and one shape (B, N, D)."
+            f"add_film_norm: x {tuple(x.shape)} and a {tuple(a.shape)} must have one shape (B, N, D)."
         )
     if (gamma is None) != (beta is None):
         raise UserError("add_film_norm: gamma and beta come together; pass both or neither.")
-    batch, _, width = x.shape
-    wanted = {"gamma": (batch, width), "beta": (batch, width), "weight": (width,), "bias": (width,)}
-    for name, tensor in zip(wanted, (gamma, beta, weight, bias), strict=True):
-        if tensor is not None and tuple(tensor.shape) != wanted[name]:
-            raise UserError(f"add_film_norm: {name} has shape {tuple(tensor.shape)}, not {wanted[name]}.")
+    sample, row = (x.shape[0], x.shape[2]), (x.shape[2],)
+    parts = (("gamma", gamma, sample), ("beta", beta, sample), ("weight", weight, row), ("bias", bias, row))
+    for name, tensor, wanted in parts:
+        if tensor is not None and tensor.shape != wanted:
+            raise UserError(f"add_film_norm: {name} has shape {tuple(tensor.shape)}, not {wanted}.")

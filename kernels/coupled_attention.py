@@ -4,6 +4,9 @@ Of S tokens the first `prefix` are causal and the rest, the action block, see ev
 
     out_i = sum_j softmax_j(scale * q_i . k_j) v_j   over visible j:   valid_j and (j <= i or i >= prefix)
 
+The queries are those of all tokens or of the last Q: a runtime that has computed the instruction before asks
+only for what was observed.
+
 The torch path is an exact identity, two calls of `scaled_dot_product_attention`: causal over the prefix, and
 unmasked for the action rows over all keys. Without padding neither needs a mask, which is what flash kernels
 want; it is the path for training, for the CPU and for batches. The Triton path is one launch for a single
@@ -22,12 +25,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vla.errors import UserError
+from vla.kernels.attend import attend
 from vla.kernels.dispatch import Choice, choose, triton_refusal
-from vla.kernels.launch import INTERPRETED, TritonKernel, cdiv, power_of_two, unit_stride
+from vla.kernels.launch import INTERPRETED, TritonKernel, cdiv, in_autocast, power_of_two, unit_stride
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -43,14 +46,15 @@ def reference(
     q, k, v = q.double(), k.double(), v.double()
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    weights = logits.masked_fill(~_visible(q, prefix, valid), -torch.inf).exp()
+    weights = logits.masked_fill(~_visible(q, k, prefix, valid), -torch.inf).exp()
     return weights / weights.sum(-1, keepdim=True) @ v
 
 
-def _visible(q: Tensor, prefix: int, valid: Tensor | None) -> Tensor:
-    """The mask as booleans, (B or 1, 1, S, S)."""
-    position = torch.arange(q.shape[2], device=q.device)
-    visible = ((position[None, :] <= position[:, None]) | (position[:, None] >= prefix))[None, None]
+def _visible(q: Tensor, k: Tensor, prefix: int, valid: Tensor | None) -> Tensor:
+    """The mask as booleans, (B or 1, 1, Q, S)."""
+    position = torch.arange(k.shape[2], device=q.device)
+    asking = position[k.shape[2] - q.shape[2] :, None]
+    visible = ((position[None, :] <= asking) | (asking >= prefix))[None, None]
     return visible if valid is None else visible & valid[:, None, None, :]
 
 
@@ -58,35 +62,34 @@ def torch_path(
     q: Tensor, k: Tensor, v: Tensor, prefix: int, valid: Tensor | None, scale: float | None
 ) -> Tensor:
     """Two SDPA calls; differentiable by autograd."""
-    grouped = q.shape[1] != k.shape[1]
+    causal = max(prefix - k.shape[2] + q.shape[2], 0)  # queries within the prefix
     rows = []
-    if prefix > 0:
-        observed = q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix]
-        mask = None if valid is None else _visible(observed[0], prefix, valid[:, :prefix])
-        rows.append(
-            F.scaled_dot_product_attention(
-                *observed, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-            )
-        )
-    if prefix < q.shape[2]:
+    if causal > 0:
+        observed = q[:, :, :causal], k[:, :, :prefix], v[:, :, :prefix]
+        plain = valid is None and causal == prefix
+        mask = None
+        if not plain:
+            mask = _visible(*observed[:2], prefix, None if valid is None else valid[:, :prefix])
+        rows.append(attend(*observed, mask, scale, causal=plain))
+    if causal < q.shape[2]:
         mask = None if valid is None else valid[:, None, None, :]
-        rows.append(
-            F.scaled_dot_product_attention(q[:, :, prefix:], k, v, mask, scale=scale, enable_gqa=grouped)
-        )
+        rows.append(attend(q[:, :, causal:], k, v, mask, scale))
     return torch.cat(rows, dim=2)
 
 
 def _attention_kernel(
     q, k, v, valid, out, lse, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
-    heads, group, length, prefix, width, scale,
+    heads, group, queries, length, prefix, width, scale,
     VALID: tl.constexpr, WIDEN: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     first = tl.program_id(0) * TILE
     row, d = first + tl.arange(0, TILE), tl.arange(0, WIDTH)
+    before = length - queries  # keys that stand before the first query
+    position = row + before
     channel = (d < width)[None, :]
     query = tl.load(
-        q + b * q_b + h * q_h + row[:, None] * q_s + d[None, :], (row < length)[:, None] & channel, 0.0
+        q + b * q_b + h * q_h + row[:, None] * q_s + d[None, :], (row < queries)[:, None] & channel, 0.0
     )
     if WIDEN:  # the interpreter multiplies bf16 bit patterns
         query = query.to(tl.float32)
@@ -96,7 +99,7 @@ def _attention_kernel(
     total = tl.zeros([TILE], tl.float32)
     summed = tl.zeros([TILE, WIDTH], tl.float32)
     # A tile of prefix rows alone never looks past itself.
-    end = tl.minimum(first + TILE, length)
+    end = tl.minimum(first + TILE + before, length)
     if end > prefix:
         end = length
     for start in range(0, end, TILE):
@@ -107,7 +110,7 @@ def _attention_kernel(
         if WIDEN:
             key, value = key.to(tl.float32), value.to(tl.float32)
         logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        seen = (col < length)[None, :] & ((col[None, :] <= row[:, None]) | (row >= prefix)[:, None])
+        seen = (col < length)[None, :] & ((col[None, :] <= position[:, None]) | (position >= prefix)[:, None])
         if VALID:
             seen = seen & (tl.load(valid + b * length + col, col < length, 0) != 0)[None, :]
         logits = tl.where(seen, logits, float("-inf"))
@@ -119,10 +122,10 @@ def _attention_kernel(
         summed = summed * decay[:, None]
         summed += tl.dot(weight.to(value.dtype), value, input_precision="ieee")
         best = higher
-    at = ((b * length + row) * heads + h)[:, None] * width + d[None, :]
+    at = ((b * queries + row) * heads + h)[:, None] * width + d[None, :]
     result = (summed / total[:, None]).to(out.dtype.element_ty)
-    tl.store(out + at, result, mask=(row < length)[:, None] & channel)
-    tl.store(lse + (b * heads + h) * length + row, best + tl.log(total), mask=row < length)
+    tl.store(out + at, result, mask=(row < queries)[:, None] & channel)
+    tl.store(lse + (b * heads + h) * queries + row, best + tl.log(total), mask=row < queries)
 
 
 ATTENTION_KERNEL = TritonKernel(_attention_kernel)
@@ -135,35 +138,35 @@ ATTENTION_KERNEL = TritonKernel(_attention_kernel)
     " -> (Tensor out, Tensor lse)",
 )
 def _op(q, k, v, valid, prefix, scale):
-    """`out` (B, H, S, d), stored token by token as the output projection reads it, and lse (B, H, S)."""
+    """`out` (B, H, Q, d), stored token by token as the output projection reads it, and lse (B, H, Q)."""
     if _refusal(q) is not None:
         return _forward_torch(q, k, v, valid, prefix, scale)
-    batch, heads, length, width = q.shape
+    batch, heads, queries, width = q.shape
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     out = _token_major(q)
-    lse = q.new_empty(batch, heads, length, dtype=torch.float32)
-    tile = max(16, min(TILE, power_of_two(length)))
+    lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
+    tile = max(16, min(TILE, power_of_two(queries)))
     strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
-    ATTENTION_KERNEL[(cdiv(length, tile), batch * heads)](
+    ATTENTION_KERNEL[(cdiv(queries, tile), batch * heads)](
         q, k, v, None if valid is None else valid.contiguous().view(torch.uint8), out, lse, *strides,
-        heads, heads // k.shape[1], length, prefix, width, scale,
+        heads, heads // k.shape[1], queries, k.shape[2], prefix, width, scale,
         valid is not None, INTERPRETED, tile, max(16, power_of_two(width)),
     )  # fmt: skip
     return out, lse
 
 
 def _token_major(q: Tensor) -> Tensor:
-    """Empty (B, H, S, d) whose memory is (B, S, H, d): joining the heads afterwards copies nothing."""
+    """Empty (B, H, Q, d) whose memory is (B, Q, H, d): joining the heads afterwards copies nothing."""
     batch, heads, length, width = q.shape
     return q.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
 def _logits(q, k, valid, prefix, scale):
-    """Masked logits in at least fp32, with the heads of a group side by side: (B, G, H/G, S, S)."""
+    """Masked logits in at least fp32, with the heads of a group side by side: (B, G, H/G, Q, S)."""
     work = torch.promote_types(q.dtype, torch.float32)
     grouped = q.to(work).unflatten(1, (k.shape[1], -1))
     logits = grouped @ k.to(work).transpose(-1, -2)[:, :, None] * scale
-    return logits.masked_fill(~_visible(q, prefix, valid)[:, :, None], -torch.inf)
+    return logits.masked_fill(~_visible(q, k, prefix, valid)[:, :, None], -torch.inf)
 
 
 def _forward_torch(q, k, v, valid, prefix, scale):
@@ -226,9 +229,10 @@ def coupled_attention(
     scale: float | None = None,
     path: str | None = None,
 ) -> Tensor:
-    """Attend with the first `prefix` tokens causal and the rest seeing all: (B, H, S, d).
+    """Attend with the first `prefix` of S tokens causal and the rest seeing all: (B, H, Q, d).
 
-    `q` (B, H, S, d); `k` and `v` (B, G, S, d) with G dividing H, of one dtype; `valid` (B, S) booleans marks
+    `q` (B, H, Q, d) are the queries of the last Q tokens, of all where Q = S; `k` and `v` (B, G, S, d) with G
+    dividing H; all of one dtype, or under autocast, whose dtype they then take; `valid` (B, S) booleans marks
     the real keys, the first of which must be token 0 (not checked: that would read device data); `scale`
     defaults to d^-1/2. Raises `UserError` for other shapes or a `path` that cannot run.
     """
@@ -236,17 +240,19 @@ def coupled_attention(
     if dispatch(q, path).path == "torch":
         return torch_path(q, k, v, prefix, valid, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = in_autocast(q, k, v)
     return torch.ops.cogmerge.coupled_attention(q, k, v, valid, prefix, scale)[0]
 
 
 def _check(q, k, v, prefix, valid):
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
-        raise UserError(f"coupled_attention: {shapes} must be (B, H, S, d) and twice (B, G, S, d).")
-    batch, heads, length, width = q.shape
-    if (k.shape[0], *k.shape[2:]) != (batch, length, width) or heads % k.shape[1]:
+        raise UserError(f"coupled_attention: {shapes} must be (B, H, Q, d) and twice (B, G, S, d).")
+    batch, length = k.shape[0], k.shape[2]
+    if (len(q), q.shape[3]) != (batch, k.shape[3]) or q.shape[2] > length or q.shape[1] % k.shape[1]:
         raise UserError(
-            f"coupled_attention: {shapes} must share B, S and d, and the heads of k must divide those of q."
+            f"coupled_attention: {shapes} must share B and d, with no more queries than keys, and the heads "
+            "of k must divide those of q."
         )
     if not 0 <= prefix <= length:
         raise UserError(f"coupled_attention: a prefix of {prefix} does not fit into {length} tokens.")

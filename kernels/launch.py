@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
 TRITON_INSTALLED = find_spec("triton") is not None
@@ -63,3 +64,16 @@ def empty(like: Tensor) -> Tensor:
 def unit_stride(x: Tensor) -> Tensor:
     """`x`, copied only if the channels of a token are not adjacent: a slice of a sequence stays a view."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`; without the microsecond that ``x.to`` takes where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """`tensors` in autocast's dtype where that is switched on: what torch does before its own products."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vla.errors import UserError
 from vla.kernels.dispatch import Choice, choose, triton_refusal
-from vla.kernels.launch import TritonKernel, power_of_two, warps
+from vla.kernels.launch import TritonKernel, as_dtype, power_of_two, warps
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -48,9 +48,11 @@ def torch_path(x: Tensor, index: Tensor, residual: Tensor, update: Tensor, gate:
 
 
 def _kept(residual: Tensor, update: Tensor, gate: Tensor | None) -> Tensor:
-    work = torch.promote_types(update.dtype, torch.float32)
-    update = update.to(work) if gate is None else gate.to(work)[..., None] * update.to(work)
-    return (residual.to(work) + update).to(residual.dtype)
+    work = torch.promote_types(residual.dtype, torch.float32)
+    update = as_dtype(update, work)
+    if gate is not None:
+        update = as_dtype(gate, work)[..., None] * update
+    return as_dtype(as_dtype(residual, work) + update, residual.dtype)
 
 
 def _scatter_kernel(
@@ -126,7 +128,7 @@ def _backward(ctx, dout):
     dresidual = dout.gather(1, wide)
     dx = dout.scatter(1, wide, 0.0)
     if gate is None:
-        return dx, None, dresidual, dresidual, None
+        return dx, None, dresidual, dresidual.to(update.dtype), None
     work = torch.promote_types(dout.dtype, torch.float32)
     dkept = dresidual.to(work)
     dgate = (dkept * update.to(work)).sum(-1).to(gate.dtype)
@@ -161,8 +163,8 @@ def scatter_residual(
     """Return `x` (B, V, D) with the rows at `index` replaced by ``residual + gate * update``.
 
     `index` (B, k) int64, in range and unique per sample (not checked: that would read device data);
-    `residual` and `update` (B, k, D) of x's dtype; `gate` (B, k). Raises `UserError` for other shapes or
-    dtypes, or a `path` that cannot run.
+    `residual` (B, k, D) of x's dtype; `update` (B, k, D), under autocast narrower; `gate` (B, k).
+    Raises `UserError` for other shapes or dtypes, or a `path` that cannot run.
     """
     _check(x, index, residual, update, gate)
     if dispatch(x, path).path == "torch":
@@ -199,12 +201,14 @@ def _check(x, index, residual, update, gate):
             "(B, V, D) and int64 (B, k)."
         )
     rows = (*index.shape, x.shape[2])
-    wanted = {"residual": rows, "update": rows, "gate": tuple(index.shape)}
-    for name, tensor in zip(wanted, (residual, update, gate), strict=True):
-        if tensor is not None and tuple(tensor.shape) != wanted[name]:
-            raise UserError(f"scatter_residual: {name} has shape {tuple(tensor.shape)}, not {wanted[name]}.")
-    if residual.dtype != x.dtype or update.dtype != x.dtype:
+    for name, tensor, wanted in (
+        ("residual", residual, rows),
+        ("update", update, rows),
+        ("gate", gate, rows[:2]),
+    ):
+        if tensor is not None and tensor.shape != wanted:
+            raise UserError(f"scatter_residual: {name} has shape {tuple(tensor.shape)}, not {wanted}.")
+    if residual.dtype != x.dtype:
         raise UserError(
-            f"scatter_residual: x, residual and update have dtypes {x.dtype}, {residual.dtype} and "
-            f"{update.dtype}; they must be one."
+            f"scatter_residual: x and residual have dtypes {x.dtype} and {residual.dtype}; they must be one."
         )

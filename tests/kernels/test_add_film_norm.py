@@ -98,6 +98,20 @@ def test_triton_path(shape, dtype, norm, film, affine, bias, triton_path, close_
     close_to_reference(gradients, want_gradients, dtype, factor=2)
 
 
+def test_a_layers_output_may_be_narrower_than_the_stream(triton_path, close_to_reference):
+    """As under autocast: the stream is fp32, what a linear layer returned is bf16."""
+    inputs = arguments((2, 5, 24), torch.float32, bias=True)
+    inputs[1] = inputs[1].bfloat16()
+    upstream = arguments((2, 5, 24), torch.float32, seed=1)[:2]
+    want, want_gradients = expected(inputs, upstream, "layer")
+    outputs, gradients = triton_path("add_film_norm", *inputs, "layer", upstream=upstream)
+    assert [t.dtype for t in (*outputs, *gradients[:2])] == [torch.float32] * 3 + [torch.bfloat16]
+    close_to_reference(outputs, want, torch.float32)
+    close_to_reference(add_film_norm(*inputs, "layer"), want, torch.float32)
+    close_to_reference(gradients[:1], want_gradients[:1], torch.float32, factor=2)
+    close_to_reference(gradients[1:2], want_gradients[1:2], torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("norm", "film", "affine"), list(itertools.product(NORMS, [True, False], [True, False]))
 )
@@ -166,7 +180,7 @@ def test_compiled_for_sm90(centered, compile_for_h200):
     ("change", "message"),
     [
         ({0: torch.zeros(3, 4)}, "one shape"),
-        ({1: torch.zeros(2, 3, 4, dtype=torch.float16)}, "one dtype"),
+        ({1: torch.zeros(2, 3, 5)}, "must have one shape"),
         ({3: None}, "together"),
         ({2: torch.zeros(4), 3: torch.zeros(4)}, r"gamma has shape \(4,\), not \(2, 4\)"),
         ({4: torch.zeros(5)}, "weight has shape"),

@@ -5,6 +5,7 @@ import torch
 
 from vla.errors import UserError
 from vla.kernels.coupled_attention import ATTENTION_KERNEL, coupled_attention, dispatch, reference
+from vla.kernels.launch import in_autocast
 from vla.policy.attention import masked_attention
 from vla.policy.masks import CoupledMask
 
@@ -54,6 +55,46 @@ def test_torch_path_and_custom_op_equal_the_reference(case, dtype, close_to_refe
     want = [reference(*inputs)]
     close_to_reference([coupled_attention(*inputs)], want, dtype)
     close_to_reference([through_op(*inputs)], want, dtype)
+
+
+@pytest.mark.parametrize("queries", [1, 8, 66])
+@pytest.mark.parametrize("padded", [True, False])
+def test_the_last_queries_alone_get_what_they_get_among_all(queries, padded, triton_path, close_to_reference):
+    """Queries of the action block alone, with some of the prefix, and over two tiles."""
+    q, k, v, prefix, valid = arguments((1, 2, 1, 70, 8, 64, padded), torch.float32)
+    last = q[:, :, -queries:]
+    want = reference(q, k, v, prefix, valid)[:, :, -queries:]
+    close_to_reference([reference(last, k, v, prefix, valid)], [want], torch.float64)
+    close_to_reference([coupled_attention(last, k, v, prefix, valid)], [want], torch.float32)
+    upstream = (arguments((1, 2, 1, 70, 8, 64, padded), torch.float32, seed=1)[0][:, :, -queries:],)
+    outputs, gradients = triton_path("coupled_attention", last, k, v, prefix, valid, upstream=upstream)
+    close_to_reference(outputs, [want], torch.float32)
+    wide = [t.double().requires_grad_() for t in (last, k, v)]
+    wanted = torch.autograd.grad(reference(*wide, prefix, valid), wide, upstream[0].double())
+    close_to_reference(gradients, wanted, torch.float32, factor=3)
+
+
+def test_training_in_bf16_on_a_cpu_goes_around_the_slow_backward_of_sdpa():
+    q, k, v, prefix, valid = arguments(CASES[1], torch.float32)
+    q.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        for out in (coupled_attention(q, k, v, prefix), coupled_attention(q, k, v, prefix, valid)):
+            names, todo = set(), [out.grad_fn]
+            while todo:
+                node = todo.pop()
+                names.add(type(node).__name__)
+                todo += [parent for parent, _ in node.next_functions if parent is not None]
+            assert not any("ScaledDotProduct" in name for name in names), names
+            assert any("Softmax" in name for name in names)
+    want = reference(q, k, v, prefix, valid)
+    assert (out - want).norm() / want.norm() < 1e-2
+
+
+def test_autocast_decides_in_which_dtype_the_kernel_computes():
+    q, k, v, *_ = arguments(CASES[1], torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [t.dtype for t in in_autocast(q, k, v.bfloat16())] == [torch.bfloat16] * 3
+    assert in_autocast(q, k)[0] is q
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -132,7 +173,7 @@ def test_dispatch_leaves_batches_and_training_to_sdpa(monkeypatch):
 def test_compiled_for_sm90(padded, compile_for_h200):
     types = dict.fromkeys(["q", "k", "v", "out"], "*bf16") | {"lse": "*fp32", "scale": "fp32"}
     types |= {f"{x}_{axis}": "i32" for x in "qkv" for axis in "bhs"}
-    types |= dict.fromkeys(["heads", "group", "length", "prefix", "width"], "i32")
+    types |= dict.fromkeys(["heads", "group", "queries", "length", "prefix", "width"], "i32")
     types |= {"valid": "*u8"} if padded else {}
     switches = {"VALID": padded, "WIDEN": False, "TILE": 64, "WIDTH": 128}
     assert compile_for_h200(ATTENTION_KERNEL, types, switches)
@@ -143,6 +184,7 @@ def test_compiled_for_sm90(padded, compile_for_h200):
     [
         ({0: torch.zeros(4, 9, 8)}, "must be"),
         ({1: torch.zeros(2, 3, 9, 8), 2: torch.zeros(2, 3, 9, 8)}, "must divide"),
+        ({0: torch.zeros(2, 4, 10, 8)}, "no more queries than keys"),
         ({2: torch.zeros(2, 2, 8, 8)}, "twice"),
         ({3: 10}, "prefix of 10 does not fit into 9"),
         ({4: torch.ones(2, 9)}, "must be booleans"),

@@ -1,5 +1,7 @@
 """K2 against its formula in fp64, against the policy's own router, and on ties, extremes and NaN."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,6 +31,11 @@ def arguments(case, dtype, seed=0):
     work = torch.promote_types(dtype, torch.float32)
     direction = torch.randn(batch, width, generator=generator).to(work) / width**0.5
     return x, direction, torch.randn(batch, generator=generator).to(work), k
+
+
+def through_op(x, direction, offset, k, gate_scale, eps, span=None):
+    first, end = span or (0, x.shape[1])
+    return torch.ops.cogmerge.film_route_select(x, direction, offset, k, gate_scale, eps, first, end)
 
 
 def tokens_with_scores(scores):
@@ -64,7 +71,7 @@ def test_selects_what_the_policys_router_selects(k):
 
     gamma, beta = router.film.out(router.film.hidden(u)).chunk(2, dim=-1)
     folded = fold_router(router.score.weight[0], router.score.bias, norm.weight, gamma, beta)
-    for run in (film_route_select, torch.ops.cogmerge.film_route_select):
+    for run in (film_route_select, through_op):
         index, got, _ = run(x, *folded, k, 2.0, 1e-6)
         assert torch.equal(index, kept)
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
@@ -79,7 +86,7 @@ def test_selects_what_the_policys_router_selects(k):
 def test_torch_path_and_custom_op_equal_the_reference(case, dtype, close_to_reference):
     inputs = arguments(case, dtype)
     want = reference(*inputs)
-    for run in (film_route_select, torch.ops.cogmerge.film_route_select):
+    for run in (film_route_select, through_op):
         index, *got = run(*inputs, 1.0, 1e-6)
         assert torch.equal(index, want[0])
         close_to_reference(got, want[1:], min(dtype, torch.float32, key=lambda d: torch.finfo(d).eps))
@@ -97,6 +104,45 @@ def test_triton_path(case, dtype, triton_path, close_to_reference):
     wide = [t.double().requires_grad_() for t in inputs[:3]]
     want = torch.autograd.grad(reference(*wide, inputs[3], 2.0)[1], wide, upstream[1].double())
     close_to_reference(gradients, want, dtype, factor=5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("case", "span"), [(CASES[1], (2, 6)), (CASES[2], (0, 33)), ((2, 40, 6, 4), (3, 38))]
+)
+def test_only_candidates_compete_and_all_others_stay(case, span, dtype, triton_path, close_to_reference):
+    """Against the same routing of the candidates alone, put back between the others with gate 1."""
+    x, direction, offset, k = arguments(case, dtype)
+    k, (first, end) = min(k, span[1] - span[0]), span
+    alone, gates, _ = reference(x[:, first:end], direction, offset, k, 2.0)
+    position = torch.arange(case[1]).expand(len(x), -1)
+    index = torch.cat([position[:, :first], alone + first, position[:, end:]], 1)
+    ones = torch.ones(index.shape, dtype=torch.float64)
+    gate = torch.cat([ones[:, :first], gates, ones[:, first + k :]], 1)
+    rstd = reference(x, direction, offset, k)[2]
+    upstream = (None, torch.linspace(-1, 1, gate.numel()).reshape(gate.shape), None)
+    wide = [t.double().requires_grad_() for t in (x, direction, offset)]
+    want = torch.autograd.grad(
+        reference(wide[0][:, first:end], *wide[1:], k, 2.0)[1],
+        wide,
+        upstream[1].double()[:, first : first + k],
+    )
+    assert torch.equal(reference(x, direction, offset, k, 2.0, span=span)[0], index)
+    outputs, gradients = triton_path(
+        "film_route_select", x, direction, offset, k, 2.0, span=span, upstream=upstream
+    )
+    for got in (outputs, film_route_select(x, direction, offset, k, 2.0, span=span)):
+        assert torch.equal(got[0].cpu(), index)
+        close_to_reference(got[1:], (gate, rstd), torch.float32)
+    close_to_reference(gradients, want, dtype, factor=5)
+
+
+def test_a_nan_among_the_candidates_costs_no_other_token_its_place(triton_path):
+    scores = torch.tensor([[0.5, NAN, NAN, NAN, -0.5, 0.25]])
+    inputs = (tokens_with_scores(scores), torch.tensor([[1.0, 0.0]]), torch.zeros(1), 2, 1.0, 0.0)
+    want = [0, 1, 2, 5]
+    assert film_route_select(*inputs, span=(1, 5))[0][0].tolist() == want
+    assert triton_path("film_route_select", *inputs, span=(1, 5))[0][0][0].tolist() == want
 
 
 @pytest.mark.parametrize("k", [1, 2, 4, 5])
@@ -155,8 +201,12 @@ def test_reads_a_slice_of_a_sequence_in_place(triton_path):
 def test_hand_written_backward_passes_gradcheck():
     *inputs, k = arguments((2, 6, 4, 3), torch.float64)
     inputs = [t.requires_grad_() for t in inputs]
-    for run in (torch.ops.cogmerge.film_route_select, film_route_select, reference):
-        assert torch.autograd.gradcheck(lambda *t, run=run: run(*t, k, 2.0, 1e-3)[1], inputs)
+    for run, span in itertools.product((through_op, film_route_select, reference), [(0, 6), (1, 5)]):
+
+        def gates(*t, run=run, span=span):
+            return run(*t, k, 2.0, 1e-3, span)[1]
+
+        assert torch.autograd.gradcheck(gates, inputs)
 
 
 def test_custom_op_is_registered_properly():
@@ -166,7 +216,7 @@ def test_custom_op_is_registered_properly():
     # below, with dynamic shapes, stands in for it.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     op = torch.ops.cogmerge.film_route_select.default
-    torch.library.opcheck(op, (*inputs, k, 2.0, 1e-6), test_utils=checks)
+    torch.library.opcheck(op, (*inputs, k, 2.0, 1e-6, 1, 5), test_utils=checks)
 
 
 def test_compiles_without_a_graph_break():
@@ -174,8 +224,8 @@ def test_compiles_without_a_graph_break():
     inputs = [t.requires_grad_() for t in inputs]
 
     def run(*inputs):
-        index, gate, _ = torch.ops.cogmerge.film_route_select(*inputs, k, 2.0, 1e-6)
-        plain, _, rstd = film_route_select(*inputs, k)
+        index, gate, _ = torch.ops.cogmerge.film_route_select(*inputs, k, 2.0, 1e-6, 1, 5)
+        plain, _, rstd = film_route_select(*inputs, k, span=(1, 5))
         return (gate.square() * (index + plain)).sum() + rstd.detach().sum()
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -186,7 +236,7 @@ def test_compiles_without_a_graph_break():
 
 def test_compiled_for_sm90(compile_for_h200):
     pointers = {"x": "*bf16"} | dict.fromkeys(["direction", "offset", "score", "rstd", "gate"], "*fp32")
-    sizes = dict.fromkeys(["x_sample", "x_token", "tokens", "width", "k"], "i32")
+    sizes = dict.fromkeys(["x_sample", "x_token", "tokens", "first", "end", "width", "k"], "i32")
     types = pointers | sizes | {"index": "*i64", "eps": "fp32", "gate_scale": "fp32"}
     assert compile_for_h200(SCORE_KERNEL, types, {"ROWS": 4, "BLOCK": 1024})
     assert compile_for_h200(SELECT_KERNEL, types, {"TOKENS": 128, "RIVALS": 32})
@@ -205,10 +255,13 @@ def test_dispatch_refuses_what_one_program_cannot_rank():
         ({2: torch.zeros(3)}, "must be"),
         ({3: 0}, "cannot keep 0 of 7"),
         ({3: 8}, "cannot keep 8 of 7"),
+        ({6: (2, 4)}, "cannot keep 3 of 2"),
+        ({6: (4, 8)}, "candidates 4 to 8 do not lie in 7 tokens"),
+        ({6: (4, 4)}, "candidates 4 to 4"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(change, message):
-    inputs = list(arguments((2, 7, 5, 3), torch.float32))
+    inputs = [*arguments((2, 7, 5, 3), torch.float32), 1.0, 1e-6, (0, 7)]
     for index, value in change.items():
         inputs[index] = value
     with pytest.raises(UserError, match=message):

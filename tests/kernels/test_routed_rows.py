@@ -103,6 +103,17 @@ def test_triton_paths(case, dtype, gated, triton_path, close_to_reference):
     close_to_reference(gradients, want_gradients, dtype, factor=3)
 
 
+def test_an_update_narrower_than_the_stream_is_what_autocast_leaves(triton_path, close_to_reference):
+    x, index, residual, update, gate = scatter_arguments((2, 9, 5, 4), torch.float32)
+    update = update.bfloat16()
+    want = [scatter_file.reference(x, index, residual, update, gate)]
+    upstream = (x.flip(1),)
+    got, gradients = triton_path("scatter_residual", x, index, residual, update, gate, upstream=upstream)
+    assert got[0].dtype == torch.float32 and gradients[2].dtype == torch.bfloat16
+    close_to_reference(got, want, torch.float32)
+    close_to_reference([scatter_residual(x, index, residual, update, gate)], want, torch.float32)
+
+
 def test_hand_written_backwards_pass_gradcheck():
     x, index, _, weight, gate = gather_arguments((2, 5, 4, 3), torch.float64)
     inputs = [t.requires_grad_() for t in (x, weight, gate)]
@@ -142,7 +153,7 @@ def routed_layer(x, u, router, norm, mlp, k):
 def folded_layer(x, u, router, norm, mlp, k):
     gamma, beta = router.film.out(router.film.hidden(u)).chunk(2, dim=-1)
     folded = fold_router(router.score.weight[0], router.score.bias, norm.weight, gamma, beta)
-    index, gate, rstd = OPS.film_route_select(x, *folded, k, 2.0, norm.eps)
+    index, gate, rstd = OPS.film_route_select(x, *folded, k, 2.0, norm.eps, 0, x.shape[1])
     chosen, y = OPS.select_gather_norm(x, index, rstd, norm.weight, gate)
     return OPS.scatter_residual(x, index, chosen, mlp(y), gate)
 

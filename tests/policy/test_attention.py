@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vla.policy.attention import attend, masked_attention, two_call_attention
+from vla.kernels.attend import attend
+from vla.policy.attention import masked_attention, two_call_attention
 from vla.policy.masks import CoupledMask
 
 

@@ -70,8 +70,8 @@ def test_a_bypassed_token_is_invisible_and_unchanged(make_config):
 
     def run(x):
         layer, given = decoder.backbone.layers[1], LayerInput(x, layout, mask, rotary)
-        kept, gates = decoder.routers.select(1, layer, given, None)
-        return decoder._routed(layer, given, kept, gates), kept
+        chosen = decoder.routers.select(1, layer, given, None)
+        return decoder._routed(layer, given, chosen), chosen.vision(layout)
 
     y, kept = run(x)
     assert kept.shape == (1, decoder.counts[1]) and decoder.counts[1] < 8

@@ -136,13 +136,13 @@ def test_a_bypassed_token_is_invisible_to_what_a_released_layer_keeps():
     decoder, layer, seen = policy.model.decoder, released.LAYERS - 2, {}
     original = decoder._routed
 
-    def watched(module, given, kept, gates):
+    def watched(module, given, chosen):
         if module is decoder.backbone.layers[layer]:
-            seen["before"] = original(module, given, kept, gates)
-            skipped = next(i for i in range(given.layout.vision) if i not in kept[0])
-            given.x[:, given.layout.text + skipped] += 5.0
-            seen["after"], seen["column"] = original(module, given, kept, gates), given.layout.text + skipped
-        return original(module, given, kept, gates)
+            seen["before"] = original(module, given, chosen)
+            seen["column"] = next(i for i in range(given.layout.length) if i not in chosen.rows[0])
+            given.x[:, seen["column"]] += 5.0
+            seen["after"] = original(module, given, chosen)
+        return original(module, given, chosen)
 
     decoder._routed = watched
     with torch.no_grad():

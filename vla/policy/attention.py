@@ -5,33 +5,12 @@ What may be seen is said in `vla.policy.masks`; here it is executed.
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vla.kernels.attend import attend
+from vla.kernels.coupled_attention import coupled_attention, dispatch
 from vla.policy.masks import CoupledMask
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, scale: float | None = None
-) -> Tensor:
-    """Softmax attention: `q` (B, H, S, d), `k` and `v` (B, G, T, d) with G dividing H, to (B, H, S, d).
-
-    `visible` is a boolean mask that broadcasts to (B, H, S, T), or None. SDPA, except where its backward is
-    the bottleneck: in reduced precision on a CPU it costs five times as much as two plain matrix products
-    (measured with torch 2.11 at S = T = 80, d = 32: 93 ms against 18 ms), half of a whole training step.
-    """
-    grouped = k.shape[1] != q.shape[1]
-    reduced = q.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-    if q.device.type != "cpu" or not reduced or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=grouped)
-    if grouped:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    logits = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
-    if visible is not None:
-        logits = logits.masked_fill(~visible, -torch.inf)
-    return logits.softmax(-1).to(v.dtype) @ v
 
 
 def masked_attention(
@@ -39,9 +18,13 @@ def masked_attention(
 ) -> Tensor:
     """Run attention as one call with the dense mask, whichever it is.
 
-    `q` (B, H, S, d); `k`, `v` (B, G, S, d) with G dividing H. Returns (B, H, S, d).
+    `q` (B, H, Q, d) are the queries of the last Q of S tokens; `k`, `v` (B, G, S, d) with G dividing H.
+    Returns (B, H, Q, d). The coupled mask itself goes to its Triton kernel where that is chosen.
     """
-    return attend(q, k, v, mask.dense.to(q.device), scale)
+    if type(mask) is CoupledMask and dispatch(q).path == "triton":
+        return coupled_attention(q, k, v, mask.prefix, mask.valid, scale)
+    visible = mask.dense[:, :, k.shape[2] - q.shape[2] :]
+    return attend(q, k, v, visible.to(q.device), scale)
 
 
 def two_call_attention(
@@ -52,29 +35,20 @@ def two_call_attention(
     Exact, for `CoupledMask` itself and no other mask. Without padding neither call needs a mask tensor,
     which is what flash kernels want. Shapes as in `masked_attention`.
     """
-    n = mask.prefix
-    observed = q[:, :, :n], k[:, :, :n], v[:, :, :n]
-    if mask.valid is None:
-        grouped = k.shape[1] != q.shape[1]
-        prefix = F.scaled_dot_product_attention(*observed, is_causal=True, scale=scale, enable_gqa=grouped)
-        action = attend(q[:, :, n:], k, v, None, scale)
-    else:
-        prefix = attend(*observed, mask.dense[..., :n, :n], scale)
-        action = attend(q[:, :, n:], k, v, mask.valid[:, None, None, :], scale)
-    return torch.cat([prefix, action], dim=2)
+    return coupled_attention(q, k, v, mask.prefix, mask.valid, scale)
 
 
 EXECUTIONS = {"coupled_mask": masked_attention, "coupled_two_call": two_call_attention}
 
 
 def _as_transformers_interface(run):
-    def attend(
+    def interface(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: CoupledMask, **kwargs
     ) -> tuple[Tensor, None]:
         out = run(query, key, value, attention_mask, kwargs.get("scaling"))
         return out.transpose(1, 2).contiguous(), None
 
-    return attend
+    return interface
 
 
 # transformers passes `attention_mask` through untouched, so its own attention classes (and with them

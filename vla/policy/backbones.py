@@ -16,6 +16,7 @@ from transformers import (
     Qwen3Model,
 )
 
+import vla.policy.attention  # noqa: F401  registers what `config.attention` names
 from vla.policy.instruction import vocabulary_size
 from vla.policy.pretrained import blank_decoder, load_decoder
 

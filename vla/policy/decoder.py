@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vla.policy.gating import GATES
-from vla.policy.masks import CoupledMask, Layout
+from vla.policy.gating import dense_layer, routed_layer
+from vla.policy.masks import Layout
 from vla.policy.pruners import PARITY_PRUNERS, PRUNERS
-from vla.policy.pruners.pruner import Budget, LayerInput, Rotary
+from vla.policy.pruners.pruner import Budget, LayerInput, Rotary, Selection
 
 
 class RoutedDecoder(nn.Module):
@@ -67,16 +67,16 @@ class RoutedDecoder(nn.Module):
             valid = torch.cat([text_valid, tail], dim=1)
         mask = layout.mask(self.mask, valid)
         rotary = self.backbone.rotary_emb(x, self.positions(x, valid))
-        kept = None
+        chosen = None
         for index, layer in enumerate(self.backbone.layers):
             if self.counts[index] < layout.vision:
                 given = LayerInput(x, layout, mask, rotary)
-                kept, gates = self.routers.select(index, layer, given, kept)
-                x = self._routed(layer, given, kept, gates)
+                chosen = self.routers.select(index, layer, given, chosen)
+                x = self._routed(layer, given, chosen)
                 if trace is not None:
-                    trace.setdefault("kept", {})[index] = kept
+                    trace.setdefault("kept", {})[index] = chosen.vision(layout)
             else:
-                x = layer(x, attention_mask=mask, position_embeddings=rotary)
+                x = dense_layer(layer, x, mask, rotary)
             if layers is not None:
                 layers.append(x)
         x = self.backbone.norm(x)
@@ -91,45 +91,19 @@ class RoutedDecoder(nn.Module):
             return torch.arange(x.shape[1], device=x.device)[None]
         return valid.long().cumsum(1) - 1
 
-    def _routed(self, layer: nn.Module, given: LayerInput, kept: Tensor, gates: Tensor | None) -> Tensor:
-        """Gather the `kept` vision tokens (B, k), compute with their `gates`, scatter: (B, S, d)."""
-        x, layout, mask = given.x, given.layout, given.mask
-        text, vision, rest = x.split([layout.text, layout.vision, layout.state + layout.action], 1)
-        columns = _columns(kept, layout)
-        chosen = vision.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
-        gate = torch.ones(columns.shape, dtype=x.dtype, device=x.device)
-        if gates is not None and gates.shape == columns.shape:
-            gate = gates.to(x.dtype)
-        elif gates is not None:
-            gate = gate.slice_scatter(gates.to(x.dtype), 1, layout.text, layout.text + kept.shape[1])
-        small = mask.without(
-            layout.vision - kept.shape[1], None if mask.valid is None else mask.valid.gather(1, columns)
-        )
-        y = torch.cat([text, chosen, rest], dim=1)
+    def _routed(self, layer: nn.Module, given: LayerInput, chosen: Selection) -> Tensor:
+        """Compute `layer` on what was `chosen`: (B, S, d)."""
+        mask, rows = given.mask, chosen.rows
+        dropped = given.x.shape[1] - rows.shape[1]
+        small = mask.without(dropped, None if mask.valid is None else mask.valid.gather(1, rows))
         if self.parity:
-            rotary = self.backbone.rotary_emb(y, self.positions(y, small.valid))
+            rotary = self.backbone.rotary_emb(given.x, self.positions(rows, small.valid))
         else:
-            rotary = _gather_rotary(given.rotary, columns)
-        y = self.gated_layer(layer, y, gate[..., None], small, rotary)
-        text, chosen, rest = y.split([layout.text, kept.shape[1], rest.shape[1]], 1)
-        vision = vision.scatter(1, kept[..., None].expand_as(chosen), chosen)
-        return torch.cat([text, vision, rest], dim=1)
-
-    def gated_layer(
-        self, layer: nn.Module, x: Tensor, gate: Tensor, mask: CoupledMask, rotary: Rotary
-    ) -> Tensor:
-        """Run `layer` on `x` (B, S, d), scaled by `gate` (B, S, 1) where `vla.policy.gating` says."""
-        return GATES[self.gate](layer, x, gate, mask, rotary)
+            rotary = gather_rotary(given.rotary, rows)
+        return routed_layer(layer, given.x, chosen, small, rotary, self.gate)
 
 
-def _columns(kept: Tensor, layout: Layout) -> Tensor:
-    """Positions in the full sequence of the tokens that a routed layer computes on, (B, S - V + k)."""
-    position = torch.arange(layout.length, device=kept.device).expand(len(kept), -1)
-    head, tail = position[:, : layout.text], position[:, layout.text + layout.vision :]
-    return torch.cat([head, kept + layout.text, tail], dim=1)
-
-
-def _gather_rotary(rotary: Rotary, columns: Tensor) -> Rotary:
-    """RoPE tables of the kept tokens, at their original positions (B, S', d_head)."""
-    index = columns[..., None].expand(-1, -1, rotary[0].shape[-1])
-    return tuple(table.expand(len(columns), -1, -1).gather(1, index) for table in rotary)
+def gather_rotary(rotary: Rotary, rows: Tensor) -> Rotary:
+    """RoPE tables of the tokens `rows` (B, N), at their original positions: (B, N, d_head)."""
+    index = rows[..., None].expand(-1, -1, rotary[0].shape[-1])
+    return tuple(table.expand(len(rows), -1, -1).gather(1, index) for table in rotary)

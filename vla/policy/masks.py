@@ -29,6 +29,11 @@ class Layout:
         return self.text + self.vision + self.state
 
     @property
+    def span(self) -> tuple[int, int]:
+        """Where vision stands: its first position and the one behind its last."""
+        return self.text, self.text + self.vision
+
+    @property
     def length(self) -> int:
         """All tokens."""
         return self.prefix + self.action
@@ -40,7 +45,7 @@ class Layout:
 
     def mask(self, name: str, valid: Tensor | None = None) -> CoupledMask:
         """The mask called `name` in `MASKS` over this sequence; `valid` (B, length) marks real tokens."""
-        return MASKS[name](self.length, self.prefix, valid, (self.text, self.text + self.vision))
+        return MASKS[name](self.length, self.prefix, valid, self.span)
 
 
 @dataclass(frozen=True)

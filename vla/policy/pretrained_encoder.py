@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 from vla.policy.configuration_cogmerge import patch_grid
 from vla.policy.pretrained import blank_vision, load_vision
 from vla.policy.reducers import REDUCERS
+from vla.policy.residual_norm import residual_norm
 from vla.policy.routing import Film
 
 
 class PretrainedBlock(nn.Module):
-    """``x <- x + A(x);  x <- (1 + gamma) * x + beta;  x <- x + M(x)`` around one block of an encoder.
+    """``x <- (1 + gamma) * (x + A(x)) + beta;  x <- x + M(LN x)`` around one block of an encoder.
 
     Subclasses know where a family keeps its norms, attention and MLP. Without FiLM it is the plain block.
     """
@@ -33,17 +34,21 @@ class PretrainedBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Tokens (N, T, d) and conditions (N, condition_dim) to tokens (N, T, d)."""
-        x = x + self.attend(x)
-        if self.film is not None:
-            x = self.film(x, condition)
-        return x + self.feed(x)
+        film = None if self.film is None else self.film.scale_and_shift(condition)
+        x, h = residual_norm(x, self.attend(x), self.norm, film)
+        return x + self.feed(h)
 
     def attend(self, x: Tensor) -> Tensor:
         """``A(x)``: norm, self-attention, layer scale."""
         raise NotImplementedError
 
-    def feed(self, x: Tensor) -> Tensor:
-        """``M(x)``: norm, MLP, layer scale."""
+    @property
+    def norm(self) -> nn.LayerNorm:
+        """The norm before the MLP."""
+        raise NotImplementedError
+
+    def feed(self, h: Tensor) -> Tensor:
+        """``M(h)``: MLP, layer scale."""
         raise NotImplementedError
 
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -66,9 +71,14 @@ class SiglipBlock(PretrainedBlock):
         """See `PretrainedBlock`."""
         return self.layer.self_attn(self.layer.layer_norm1(x), attention_mask=None)[0]
 
-    def feed(self, x: Tensor) -> Tensor:
+    @property
+    def norm(self) -> nn.LayerNorm:
         """See `PretrainedBlock`."""
-        return self.layer.mlp(self.layer.layer_norm2(x))
+        return self.layer.layer_norm2
+
+    def feed(self, h: Tensor) -> Tensor:
+        """See `PretrainedBlock`."""
+        return self.layer.mlp(h)
 
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """See `PretrainedBlock`."""
@@ -84,10 +94,15 @@ class Dinov2Block(PretrainedBlock):
         layer = self.layer
         return layer.drop_path(layer.layer_scale1(layer.attention(layer.norm1(x))))
 
-    def feed(self, x: Tensor) -> Tensor:
+    @property
+    def norm(self) -> nn.LayerNorm:
+        """See `PretrainedBlock`."""
+        return self.layer.norm2
+
+    def feed(self, h: Tensor) -> Tensor:
         """See `PretrainedBlock`."""
         layer = self.layer
-        return layer.drop_path(layer.layer_scale2(layer.mlp(layer.norm2(x))))
+        return layer.drop_path(layer.layer_scale2(layer.mlp(h)))
 
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """See `PretrainedBlock`."""

@@ -41,6 +41,11 @@ def select_top_k(scores: Tensor, k: int) -> Tensor:
     return order[:, :k].sort(dim=-1).values
 
 
+def modulate(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """``(1 + gamma) * x + beta`` of `x` (B, N, d) with one gamma and beta (B, d) per sample."""
+    return x + gamma[:, None] * x + beta[:, None]
+
+
 class Film(nn.Module):
     """Scale and shift from a condition: ``(1 + gamma) * x + beta`` with gamma, beta linear in the condition.
 
@@ -56,8 +61,11 @@ class Film(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Modulate `x` (B, N, dim) by `condition` (B, condition_dim)."""
-        gamma, beta = self.out(self.hidden(condition))[:, None].chunk(2, dim=-1)
-        return x + gamma * x + beta
+        return modulate(x, *self.scale_and_shift(condition))
+
+    def scale_and_shift(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """gamma and beta for `condition` (B, condition_dim), each (B, dim)."""
+        return self.out(self.hidden(condition)).chunk(2, dim=-1)
 
 
 class LfpRouter(nn.Module):

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vla.policy.attention import attend
+from vla.kernels.attend import attend
 from vla.policy.pretrained_encoder import PretrainedEncoder
 from vla.policy.reducers import REDUCERS
+from vla.policy.residual_norm import residual_norm
 from vla.policy.routing import EncoderGate, Film
 
 
@@ -67,9 +68,9 @@ class VisionBlock(nn.Module):
         queries, keys = self._project(x, rows)
         k, v = keys.chunk(2, dim=-1)
         attended = attend(queries, self._split(k), self._split(v))
-        x = x[:, :rows] + self.out(attended.transpose(1, 2).flatten(2))
-        x = self.film(x, condition)
-        return x + self.mlp(self.norm2(x))
+        update = self.out(attended.transpose(1, 2).flatten(2))
+        x, h = residual_norm(x[:, :rows], update, self.norm2, self.film.scale_and_shift(condition))
+        return x + self.mlp(h)
 
     @torch.no_grad()
     def attention_map(self, x: Tensor, rows: int) -> Tensor:

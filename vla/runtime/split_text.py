@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vla.policy.attention import attend
-from vla.policy.decoder import RoutedDecoder
+from vla.policy.attention import masked_attention
+from vla.policy.decoder import RoutedDecoder, gather_rotary
+from vla.policy.gating import dense_layer, routed_layer
 from vla.policy.masks import CoupledMask, Layout
 from vla.policy.pruners import LfpRouting
 from vla.policy.pruners.keep_all import KeepAll
 from vla.policy.pruners.pruner import Rotary
-from vla.policy.routing import masked_mean, select_top_k
+from vla.policy.routing import masked_mean
 
 TEXT_BLIND = ("coupled", "causal", "no_vision_to_vision")
 """Masks in which text sees text alone."""
@@ -31,11 +32,12 @@ ATTENTION = "split_text"
 class Stream:
     """What one attention call of a stream needs: who sees whom, and keys and values from elsewhere.
 
-    `visible` (B or 1, 1, Q, K). `before` holds the text's keys and values, each (B, G, T, d), for the
-    observed stream; the text stream has none. A call leaves its own keys and values in `own`.
+    `mask` is over all tokens whose keys are seen, of which the stream's own are the last. `before` holds the
+    text's keys and values, each (B, G, T, d), for the observed stream; the text stream has none. A call
+    leaves its own keys and values in `own`.
     """
 
-    visible: Tensor
+    mask: CoupledMask
     before: tuple[Tensor, Tensor] | None = None
     own: tuple[Tensor, Tensor] | None = None
 
@@ -48,7 +50,7 @@ def _attend(
     stream.own = key, value
     if stream.before is not None:
         key, value = (torch.cat(pair, dim=2) for pair in zip(stream.before, stream.own, strict=True))
-    out = attend(query, key, value, stream.visible, kwargs.get("scaling"))
+    out = masked_attention(query, key, value, stream.mask, kwargs.get("scaling"))
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -93,19 +95,19 @@ class SplitTextDecoder(nn.Module):
         tables = backbone.rotary_emb(text, self.decoder.positions(text, valid))
         text_rotary = tuple(table[:, : layout.text] for table in tables)
         rotary = tuple(table[:, layout.text :] for table in tables)
-        causal = CoupledMask(layout.text, layout.text, text_valid).dense
+        causal = CoupledMask(layout.text, layout.text, text_valid)
         mask = layout.mask(self.decoder.mask, valid)
         for index, layer in enumerate(backbone.layers):
             stream = Stream(causal)
-            instruction, text = text, layer(text, attention_mask=stream, position_embeddings=text_rotary)
+            instruction, text = text, dense_layer(layer, text, stream, text_rotary)
             count = self.decoder.counts[index]
             small = mask.without(layout.vision - count, valid[:, : layout.length - layout.vision + count])
-            observed = Stream(small.dense[:, :, layout.text :], before=stream.own)
+            observed = Stream(small, before=stream.own)
             if count < layout.vision:
                 u = masked_mean(layer.input_layernorm(instruction), text_valid)
                 rest = self._routed(index, rest, layout.vision, u, observed, rotary)
             else:
-                rest = layer(rest, attention_mask=observed, position_embeddings=rotary)
+                rest = dense_layer(layer, rest, observed, rotary)
             if layers is not None:
                 layers.append(torch.cat([text, rest], dim=1))
         x = backbone.norm(torch.cat([text, rest], dim=1))
@@ -118,20 +120,6 @@ class SplitTextDecoder(nn.Module):
     ) -> Tensor:
         """Compute layer `index`, of the `vision` first rows those that the text's mean `u` (B, d) chooses."""
         layer = self.decoder.backbone.layers[index]
-        logits, gates = self.decoder.routers[str(index)](layer.input_layernorm(rest[:, :vision]), u)
-        kept = select_top_k(logits, self.decoder.counts[index])
-        gate = torch.cat(
-            [gates.gather(1, kept).to(rest.dtype), rest.new_ones(len(rest), rest.shape[1] - vision)], dim=1
-        )
-        y = _with_kept(rest, kept, vision)
-        tables = tuple(_with_kept(table, kept, vision) for table in rotary)
-        y = self.decoder.gated_layer(layer, y, gate[..., None], observed, tables)
-        chosen, others = y[:, : kept.shape[1]], y[:, kept.shape[1] :]
-        scattered = rest[:, :vision].scatter(1, kept[..., None].expand_as(chosen), chosen)
-        return torch.cat([scattered, others], dim=1)
-
-
-def _with_kept(x: Tensor, kept: Tensor, vision: int) -> Tensor:
-    """Of `x` (B, N, d), the rows `kept` (B, k) of the first `vision`, then all further ones."""
-    chosen = x[:, :vision].gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
-    return torch.cat([chosen, x[:, vision:]], dim=1)
+        chosen = self.decoder.routers.route(index, layer.input_layernorm, rest, u, (0, vision))
+        tables = gather_rotary(rotary, chosen.rows)
+        return routed_layer(layer, rest, chosen, observed, tables, self.decoder.gate)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vla.policy.pruners.pruner import Budget, LayerInput, Pruner, among, attention_scores, staged_counts
+from vla.policy.pruners.pruner import (
+    Budget,
+    LayerInput,
+    Pruner,
+    Selection,
+    among,
+    attention_scores,
+    staged_counts,
+)
 from vla.policy.routing import select_top_k
 
 
@@ -25,15 +33,17 @@ class Feather(Pruner):
         self.register_buffer("sampled", sampled, persistent=False)
 
     def select(
-        self, index: int, layer: nn.Module, given: LayerInput, previous: Tensor | None
-    ) -> tuple[Tensor, None]:
+        self, index: int, layer: nn.Module, given: LayerInput, previous: Selection | None
+    ) -> Selection:
         """Rank what is left at the start of a stage; keep it until the next."""
         if index not in self.starts:
-            return previous, None
+            return previous
         scores = attention_scores(layer, given, rotate=False)
         if index == self.starts[0]:
             scores = scores.masked_fill(self.sampled, torch.inf)
-        return select_top_k(among(previous, scores), self.counts[index]), None
+        left = None if previous is None else previous.vision(given.layout)
+        kept = select_top_k(among(left, scores), self.counts[index])
+        return Selection.of(given.x, given.layout.span, kept)
 
 
 def uniform_sample(grid: tuple[int, int, int], most: int) -> Tensor:

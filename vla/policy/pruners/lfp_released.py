@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vla.policy.pruners.pruner import Budget, LayerInput, Pruner
+from vla.policy.pruners.pruner import Budget, LayerInput, Pruner, Selection
 from vla.policy.routing import masked_mean, select_top_k
 
 
@@ -40,8 +40,8 @@ class ReleasedLfpRouting(nn.ModuleDict, Pruner):
         self.counts = budget.counts
 
     def select(
-        self, index: int, layer: nn.Module, given: LayerInput, previous: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, index: int, layer: nn.Module, given: LayerInput, previous: Selection | None
+    ) -> Selection:
         """Rank vision by the FiLM-ed router; gate every token, text, state and action by the plain one.
 
         The condition is the mean over what stands between vision and the action block: state and prompt.
@@ -56,4 +56,4 @@ class ReleasedLfpRouting(nn.ModuleDict, Pruner):
         kept = select_top_k(vision, self.counts[index])
         gates = router.logits(h).sigmoid()
         vision = vision.sigmoid().gather(1, kept)
-        return kept, layout.with_vision(gates, vision)
+        return Selection.of(given.x, layout.span, kept, layout.with_vision(gates, vision))

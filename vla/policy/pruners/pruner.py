@@ -40,6 +40,38 @@ class LayerInput:
     rotary: Rotary
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What a routed layer computes on: the tokens `rows` (B, N) of its sequence, int64, ascending.
+
+    `gate` (B, N) is the router's, 1 for tokens that it does not rank, or None where nothing is gated. `rstd`
+    (B, S) are the reciprocal root mean squares of all tokens, where a kernel computed them on the way.
+    """
+
+    rows: Tensor
+    gate: Tensor | None = None
+    rstd: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Tensor, span: tuple[int, int], kept: Tensor, gates: Tensor | None = None) -> Selection:
+        """All of `x` (B, S, d) but the vision tokens that are not `kept` (B, k); vision stands at `span`.
+
+        `gates` are those of the kept tokens, (B, k), or of all rows, (B, S - V + k).
+        """
+        first, end = span
+        position = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        rows = torch.cat([position[:, :first], kept + first, position[:, end:]], dim=1)
+        if gates is not None and gates.shape != rows.shape:
+            ones = torch.ones(rows.shape, dtype=x.dtype, device=x.device)
+            gates = ones.slice_scatter(gates.to(x.dtype), 1, first, first + kept.shape[1])
+        return cls(rows, gates)
+
+    def vision(self, layout: Layout) -> Tensor:
+        """The kept vision tokens (B, k) of the sequence laid out as `layout`, counted from the first."""
+        first, end = layout.span
+        return self.rows[:, first : end - (layout.length - self.rows.shape[1])] - first
+
+
 class Pruner(nn.Module):
     """Chooses the vision tokens of each layer; `counts` says how many, statically.
 
@@ -49,14 +81,12 @@ class Pruner(nn.Module):
     counts: tuple[int, ...]
 
     def select(
-        self, index: int, layer: nn.Module, given: LayerInput, previous: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the kept vision tokens of layer `index`, ascending (B, k), and gates or None.
+        self, index: int, layer: nn.Module, given: LayerInput, previous: Selection | None
+    ) -> Selection:
+        """Return what layer `index` computes on: ``counts[index]`` vision tokens and everything else.
 
-        Gates are those of the kept tokens, (B, k), or of all that the layer computes on, (B, S - V + k).
-
-        `previous` is what the last pruned layer kept, None before the first. Text, state and action tokens
-        are no candidates: they are always computed on.
+        `previous` is what the last pruned layer computed on, None before the first. Text, state and action
+        tokens are no candidates.
         """
         raise NotImplementedError
 

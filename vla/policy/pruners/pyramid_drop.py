@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from vla.policy.pruners.pruner import Budget, LayerInput, Pruner, among, attention_scores, staged_counts
+from vla.policy.pruners.pruner import (
+    Budget,
+    LayerInput,
+    Pruner,
+    Selection,
+    among,
+    attention_scores,
+    staged_counts,
+)
 from vla.policy.routing import select_top_k
 
 STAGES = 4
@@ -21,10 +29,11 @@ class PyramidDrop(Pruner):
         self.counts = staged_counts(budget, self.starts)
 
     def select(
-        self, index: int, layer: nn.Module, given: LayerInput, previous: Tensor | None
-    ) -> tuple[Tensor, None]:
+        self, index: int, layer: nn.Module, given: LayerInput, previous: Selection | None
+    ) -> Selection:
         """Rank what is left at the start of a stage; keep it until the next."""
         if index not in self.starts:
-            return previous, None
-        scores = among(previous, attention_scores(layer, given, rotate=True))
-        return select_top_k(scores, self.counts[index]), None
+            return previous
+        left = None if previous is None else previous.vision(given.layout)
+        scores = among(left, attention_scores(layer, given, rotate=True))
+        return Selection.of(given.x, given.layout.span, select_top_k(scores, self.counts[index]))

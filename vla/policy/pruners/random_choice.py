@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vla.policy.pruners.pruner import Budget, LayerInput, Pruner
+from vla.policy.pruners.pruner import Budget, LayerInput, Pruner, Selection
 from vla.policy.routing import select_top_k
 
 SEED = 0
@@ -23,8 +23,8 @@ class RandomChoice(Pruner):
         self.register_buffer("scores", scores, persistent=False)
 
     def select(
-        self, index: int, layer: nn.Module, given: LayerInput, previous: Tensor | None
-    ) -> tuple[Tensor, None]:
+        self, index: int, layer: nn.Module, given: LayerInput, previous: Selection | None
+    ) -> Selection:
         """The same tokens whatever is seen."""
         kept = select_top_k(self.scores[index, None], self.counts[index])
-        return kept.expand(len(given.x), -1), None
+        return Selection.of(given.x, given.layout.span, kept.expand(len(given.x), -1))
