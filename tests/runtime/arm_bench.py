@@ -5,6 +5,7 @@ import contextlib
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -114,9 +115,10 @@ def save_arm_expert(folder, base, seed, instructions, shift=0.0):
 
 
 class SwayPolicy:
-    """Holds the arm near the raised pose and sways by 3° about it."""
+    """Holds the arm near the pose of the mean action and sways by `amplitude` about it."""
 
-    def __init__(self, contract):
+    def __init__(self, contract, amplitude=3.0):
+        self._amplitude = amplitude
         self._action = contract.statistics["action"]["mean"]
         self._calls = 0
 
@@ -126,13 +128,14 @@ class SwayPolicy:
     def act(self, images, state, instruction):
         self._calls += 1
         phase = (self._calls * CHUNK / 2 + np.arange(CHUNK)) / 10
-        return np.array(self._action) + 3 * np.sin(phase)[:, None]
+        return np.array(self._action) + self._amplitude * np.sin(phase)[:, None]
 
 
 @contextlib.contextmanager
-def sway_server(contract):
+def sway_server(contract, amplitude=3.0):
     """Serve a `SwayPolicy` from a thread; yields its address."""
-    server = PolicyServer(Served(lambda: SwayPolicy(contract), contract, {"checkpoint": {"label": "sway"}}))
+    make = partial(SwayPolicy, contract, amplitude)
+    server = PolicyServer(Served(make, contract, {"checkpoint": {"label": "sway"}}))
     ports, ready, handle = [], threading.Event(), {}
 
     async def serve():

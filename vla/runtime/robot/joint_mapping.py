@@ -34,9 +34,12 @@ SYNONYMS = {"degree": "deg", "degrees": "deg", "radian": "rad", "radians": "rad"
 CONVENTIONS = {
     "lerobot-degrees": {"revolute": "deg", "gripper": "percent"},
     "lerobot-normalized": {"revolute": NORMALIZED, "gripper": "percent"},
-    "si": {"revolute": "rad", "prismatic": "m", "gripper": "fraction"},
+    "si": {},
 }
-"""What a dataset that does not name its units may mean, by the kind of joint."""
+"""What a dataset that does not name its units may mean, by the kind of joint.
+
+A kind that is left out is in the driver's own unit.
+"""
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,10 @@ class RunConfig(ArmOptions):
     """Address of a policy that runs elsewhere, ws://HOST:PORT of a `vla serve`."""
     token: str | None = None
     """The server's token. Better kept in the environment variable VLA_TOKEN."""
-    robot: Literal["so101"] = "so101"
-    """Which arm."""
+    robot: Literal["so101", "trossen"] = "so101"
+    """Which arm: an SO101 at --port, or a Trossen WidowX AI at --address."""
+    address: str | None = None
+    """Network address of a WidowX AI's controller, for example 192.168.1.2."""
     cameras: tuple[str, ...] = ()
     """One NAME=SOURCE per camera of the policy: top=0, wrist=/dev/video2, or JSON as LeRobot writes it."""
     joint_units: Literal["contract", "lerobot-degrees", "lerobot-normalized", "si"] = "contract"
@@ -145,14 +147,22 @@ def arm_config(config: RunConfig, record: RunRecord | None) -> ArmConfig:
         raise UserError(f"--driver-options is not JSON ({error}).") from None
     if not isinstance(options, Mapping):
         raise UserError('--driver-options is no JSON object, for example {"reply_timeout": 0.05}.')
-    arguments = {"port": config.find_port(), "calibration": str(config.calibration_file)} | dict(options)
     return ArmConfig(
         config.robot,
-        arguments,
+        _place(config) | dict(options),
         supervisor=config.supervisor,
         record=None if record is None else record.arm_file,
         workspace=config.workspace,
     )
+
+
+def _place(config: RunConfig) -> dict[str, str]:
+    """Return where the arm is, as its driver's arguments. Raises `UserError` if that was not said."""
+    if config.robot == "so101":
+        return {"port": config.find_port(), "calibration": str(config.calibration_file)}
+    if config.address is None:
+        raise UserError("Say where the arm's controller is: --address 192.168.1.2, for example.")
+    return {"address": config.address}
 
 
 def _open_arm(
