@@ -1,4 +1,6 @@
-"""Run as a program: a simulated WidowX AI controller of the package `trossen-arm-sim`, steered over stdin.
+"""Run as a program: a simulated WidowX AI controller of `trossen-arm-sim` at the address given, fed by stdin.
+
+Its ports are fixed, so every test session takes an address of its own within 127.0.0.0/8.
 
 Each line is a JSON request, each answer a JSON line: ``{"fault": NAME, "why": …}``, ``{"look": true}`` for
 the joints' true positions and modes, ``{"limit": [JOINT, LOW, HIGH]}`` for what it says its limits are.
@@ -15,7 +17,7 @@ from trossen_arm_sim.sim import WidowXSim
 def main() -> None:
     sim = WidowXSim()
     sim.start()
-    server = TrossenArmSimServer(sim, host="127.0.0.1")
+    server = TrossenArmSimServer(sim, host=sys.argv[1])
     server.start()
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:

@@ -1,6 +1,7 @@
 """`vla run` on an arm that is no SO101: other joints, other units, a network instead of a serial port."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from vla.robot_drivers.recorder import read_record
 from vla.runtime.robot.run import RunConfig, run_robot
 
 CONTROLLER = Path(__file__).parents[1] / "robot_drivers" / "trossen_controller.py"
+ADDRESS = f"127.78.{os.getpid() // 250 % 250}.{os.getpid() % 250 + 1}"  # the ports are the real controller's
 POSE = (0.3, 0.5, 0.4, -0.2, 0.1, 0.2, 0.02)
 UNITS = ("rad",) * 6 + ("m",)
 
@@ -45,7 +47,7 @@ def test_a_policy_drives_an_arm_of_another_make_and_leaves_it_at_rest(tmp_path, 
     record = tmp_path / "record"
     pipe = subprocess.PIPE
     controller = subprocess.Popen(
-        [sys.executable, "-P", str(CONTROLLER)], stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        [sys.executable, "-P", str(CONTROLLER), ADDRESS], stdin=pipe, stdout=pipe, stderr=pipe, text=True
     )
     try:
         assert controller.stdout.readline(), controller.stderr.read()
@@ -54,7 +56,7 @@ def test_a_policy_drives_an_arm_of_another_make_and_leaves_it_at_rest(tmp_path, 
                 RunConfig(
                     task="sway",
                     robot="trossen",
-                    address="127.0.0.1",
+                    address=ADDRESS,
                     server=server,
                     seconds=4.0,
                     soft_start=0.5,
