@@ -4,12 +4,15 @@ The weights are those of a checkpoint (the shipped one by default); parts that a
 left out and parts that it adds start untrained, which changes actions but not cost. Each family is compared
 with its own do-nothing member. All variants are timed in turn, round after round, in one process.
 Dropping tokens for good and skipping a layer cost the same here: both compute on what is kept.
+
+Success is what `vla eval` has found for policies that were trained with their variant (``--evaluations``).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import statistics
 import time
 from pathlib import Path
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from vla.errors import UserError
 from vla.evaluation.policy_source import SHIPPED_CHECKPOINT
 from vla.policy.checkpoint import load_checkpoint
 from vla.policy.configuration_cogmerge import MASKS, PRUNERS, REDUCERS
@@ -36,9 +40,18 @@ FAMILIES = {
 
 
 def run(
-    checkpoint: Path = SHIPPED_CHECKPOINT, batch: int = 1, rounds: int = 7, calls: int = 20, seed: int = 0
+    checkpoint: Path = SHIPPED_CHECKPOINT,
+    batch: int = 1,
+    rounds: int = 7,
+    calls: int = 20,
+    seed: int = 0,
+    evaluations: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
-    """Measure `rounds` of `calls` forward passes per variant; return rows with the medians."""
+    """Measure `rounds` of `calls` forward passes per variant; return rows with the medians.
+
+    `evaluations` are NAME=FOLDER, a variant and what `vla eval` wrote about it; the first is the baseline.
+    """
+    measured = success(evaluations)
     torch.manual_seed(seed)
     source = load_checkpoint(Path(checkpoint)).policy
     inputs = observation(source.config, batch)
@@ -58,6 +71,38 @@ def run(
             ]
         if family == "token_pruner":
             rows += position_bias(models, observation(source.config, BIAS_BATCH))
+    return rows + measured
+
+
+def success(evaluations: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return one row per suite and evaluation. Raises `UserError` for an unfinished one."""
+    found: dict[str, dict[str, dict]] = {}
+    for entry in evaluations:
+        name, _, folder = entry.partition("=")
+        try:
+            found[name] = json.loads((Path(folder) / "summary.json").read_text())["suites"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"--evaluations {entry}: there is no finished evaluation ({error}); write NAME=FOLDER of"
+                " `vla eval --out FOLDER`."
+            ) from None
+    baseline = next(iter(found), "")
+    rows = []
+    for name, suites in found.items():
+        for suite in suites.keys() & found[baseline].keys():
+            counts, dense = suites[suite], found[baseline][suite]["rate"]
+            low, high = (100 * bound for bound in counts["interval"])
+            solved = f"{counts['successes']} of {counts['episodes']} ({low:.1f}-{high:.1f})"
+            rows.append(
+                {
+                    "name": f"{suite}, {name}: {solved}",
+                    "value": 100 * counts["rate"],
+                    "unit": "%",
+                    "baseline": baseline,
+                    "baseline_value": 100 * dense,
+                    "ratio": counts["rate"] / dense if dense else None,
+                }
+            )
     return rows
 
 
