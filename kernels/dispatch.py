@@ -12,7 +12,9 @@ else the same formulas in torch. So its autograd formula is checked in fp64 on a
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,19 +29,29 @@ VARIABLE = "COGMERGE_KERNELS"
 FORCED = os.environ.get(VARIABLE) or None
 
 #: Operations whose Triton path is taken without being asked for. An operation enters this set when a whole
-#: captured policy step got faster with it on a real GPU; a won micro-benchmark is not enough. No such
-#: measurement has been made yet, so the set is empty.
+#: captured policy step got faster with it on a real GPU; a won micro-benchmark is not enough.
+#: ``scripts/gpu_check`` measures it and prints the set. That has not been done yet, so the set is empty.
 QUALIFIED: frozenset[str] = frozenset()
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """The path that a call takes (one of `PATHS`) and the reason, as a clause a reader can act on."""
 
     path: str
     reason: str
+
+
+@contextmanager
+def qualified(ops: Iterable[str]) -> Iterator[None]:
+    """Inside the block exactly `ops` are `QUALIFIED`: what a measurement of whole steps switches."""
+    global QUALIFIED
+    before, QUALIFIED = QUALIFIED, frozenset(ops)
+    try:
+        yield
+    finally:
+        QUALIFIED = before
 
 
 def triton_refusal(tensor: Tensor) -> str | None:

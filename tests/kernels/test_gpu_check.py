@@ -15,7 +15,7 @@ import vla.kernels
 from vla.kernels import microbenchmark
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu_check"
-FRAME = {"__init__", "dispatch", "launch", "microbenchmark"}
+FRAME = {"__init__", "attend", "dispatch", "launch", "microbenchmark"}
 OPS = {path.stem for path in Path(vla.kernels.__file__).parent.glob("*.py")} - FRAME
 
 
@@ -64,6 +64,77 @@ def test_every_operation_is_timed_and_its_case_runs():
     for case in cases:
         results = case.run("torch")
         assert results and all(x.isfinite().all() and x.numel() > 1 for x in results), case.name
+
+
+@pytest.fixture
+def policy_kernels(monkeypatch):
+    """The benchmark of whole steps, which lies beside the script."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return importlib.import_module("benchmarks.policy_kernels")
+
+
+def test_a_switch_stays_on_if_the_whole_step_gets_faster_among_those_that_stayed(policy_kernels):
+    """Milliseconds of a made-up GPU: K1 gains, K6 loses, scatter gains less than counts."""
+    saves = {"add_film_norm": 1.0, "coupled_attention": -0.5, "scatter_residual": 0.01, "gated_product": 2.0}
+    built = []
+
+    def build(ops):
+        built.append(tuple(ops))
+        return 10.0 - sum(saves.get(op, 0.0) for op in ops)
+
+    found = policy_kernels.try_switches(build, lambda a, b: (a, b), time.monotonic() + 60)
+    assert found["kept"] == ["add_film_norm", "gated_product"] and not found["left_out"]
+    assert built == [
+        (),
+        ("coupled_attention",),
+        ("add_film_norm",),
+        ("add_film_norm", "film_route_select", "select_gather_norm"),
+        ("add_film_norm", "scatter_residual"),
+        ("add_film_norm", "gated_product"),
+    ]
+    rows = {row["switch"]: row for row in found["rows"]}
+    assert rows["gated_product"]["without_ms"] == 9.0 and rows["gated_product"]["with_ms"] == 7.0
+    late = policy_kernels.try_switches(build, lambda a, b: (a, b), time.monotonic() - 1)
+    assert late["kept"] == [] and len(late["left_out"]) == len(policy_kernels.SWITCHES)
+
+
+def test_a_kernel_qualifies_where_it_helps_one_policy_and_harms_none(policy_kernels):
+    def row(switch, ratio):
+        return {"switch": switch, "ratio": ratio}
+
+    pair = "film_route_select + select_gather_norm"
+    first = {
+        "kept": ["a", "film_route_select", "select_gather_norm"],
+        "rows": [row("a", 0.9), row(pair, 0.9)],
+    }
+    second = {"kept": [], "rows": [row("a", 1.005), row(pair, 1.05)]}
+    assert policy_kernels.to_qualify([first, second]) == ["a"]
+    assert policy_kernels.to_qualify([first]) == ["a", "film_route_select", "select_gather_norm"]
+
+
+def test_every_switch_is_an_operation_and_off_it_changes_nothing(policy_kernels, monkeypatch):
+    from vla.kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "FORCED", None)
+    names = [op for switch in policy_kernels.SWITCHES for op in switch]
+    assert len(set(names)) == len(names) and set(names) <= OPS
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    with dispatch.qualified(names[:1]):
+        assert dispatch.choose(names[0], None).path == "triton"
+        assert dispatch.choose(names[1], None).path == "torch"
+    assert dispatch.choose(names[0], None).path == "torch"
+
+
+@pytest.mark.gpu
+def test_whole_steps_with_all_kernels_and_with_none_agree(policy_kernels):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    loaded = policy_kernels.load_preset("nano", torch.device("cuda"))
+    assert policy_kernels.fp32_difference(loaded) < 1e-4
+    none = policy_kernels.captured_step(loaded, ())
+    every = policy_kernels.captured_step(loaded, [op for switch in policy_kernels.SWITCHES for op in switch])
+    assert (every() - none()).norm() <= 5e-2 * none().norm()
+    assert min(policy_kernels.in_turns(none, every)) > 0
 
 
 def test_what_no_time_is_left_for_is_named():
