@@ -24,6 +24,8 @@ from vla.kernels.coupled_attention import coupled_attention
 from vla.kernels.film_route_select import film_route_select
 from vla.kernels.gated_product import gated_product
 from vla.kernels.masked_delta_apply import masked_delta_apply
+from vla.kernels.product_residual import product_residual
+from vla.kernels.qkv_rope import qkv_rope
 from vla.kernels.scatter_residual import scatter_residual_
 from vla.kernels.select_gather_norm import select_gather_norm
 
@@ -58,7 +60,7 @@ def cases(device: str, dtype: torch.dtype = torch.bfloat16, shrink: int = 1) -> 
             lambda path, q=q, k=k, v=v, n=prefix: (coupled_attention(q, k, v, n, path=path),),
         )
     shape = (4096 // shrink, 11008 // shrink)
-    yield _product_case(random, *shape)
+    yield from _product_cases(random, heads, *shape)
     base, delta = random(*shape), random(*shape)
     packed = torch.randint(
         0, 256, ((base.numel() + 7) // 8,), dtype=torch.uint8, device=device, generator=generator
@@ -83,16 +85,25 @@ def _expert_case(random: Callable[..., Tensor], width: int, heads: int) -> Case:
     )
 
 
-def _product_case(random: Callable[..., Tensor], width: int, hidden: int) -> Case:
-    """The first half of an MLP on the mean of what LFP keeps: one tile of rows."""
-    x, gate, up = (
-        random(1, 128, width),
-        random(hidden, width) / width**0.5,
-        random(hidden, width) / width**0.5,
-    )
-    return Case(
+def _product_cases(random: Callable[..., Tensor], heads: int, width: int, hidden: int) -> Iterator[Case]:
+    """The products of a decoder layer on the mean of what LFP keeps: one tile of rows."""
+    x, wide = random(1, 128, width), random(1, 128, hidden)
+    gate, up = (random(hidden, width) / width**0.5 for _ in range(2))
+    yield Case(
         f"gated_product (1, 128, {width}) to {hidden}",
         lambda path: (gated_product(x, gate, up, path=path),),
+    )
+    down = random(width, hidden) / hidden**0.5
+    yield Case(
+        f"product_residual (1, 128, {hidden}) to {width}",
+        lambda path: (product_residual(x, wide, down, path=path),),
+    )
+    q, k, v = (random(width, width) / width**0.5 for _ in range(3))
+    angle = random(1, 128, width // heads).float()
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    yield Case(
+        f"qkv_rope (1, 128, {width}), {heads} heads",
+        lambda path: qkv_rope(x, q, k, v, cos, sin, path=path),
     )
 
 
