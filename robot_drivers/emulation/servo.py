@@ -72,7 +72,7 @@ class EmulatedServo:
 
     id: int
     encoder: float = 2048.0
-    temperature: int = 30
+    temperature: float = 30.0
     voltage: float = 7.4
     connected: bool = True
     powered: bool = True
@@ -215,6 +215,6 @@ class EmulatedServo:
         self.put(r.PRESENT_POSITION, round(self._seen) - self.get(r.HOMING_OFFSET))
         self.put(r.PRESENT_VELOCITY, 0 if self.frozen else round(self.velocity))
         self.put(r.PRESENT_VOLTAGE, min(max(round(10 * self.voltage), 0), 255))
-        self.put(r.PRESENT_TEMPERATURE, self.temperature)
+        self.put(r.PRESENT_TEMPERATURE, round(self.temperature))
         self.put(r.STATUS, self.status())
         self.put(r.MOVING, int(abs(self.velocity) > 1))

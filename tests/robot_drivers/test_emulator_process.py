@@ -102,6 +102,13 @@ def test_steering_sets_and_reports_and_refuses_nonsense():
         assert bus.registers("ID") == [1, 2]  # still serves
 
 
+def test_a_temperature_between_two_degrees_is_told_in_whole_ones():
+    with Emulator(1, lockstep=0.01) as bus:
+        bus.set(1, temperature=41.6)
+        bus.advance(0.01)
+        assert bus.registers("PRESENT_TEMPERATURE") == [42]
+
+
 def test_the_process_ends_with_its_steering_connection():
     bus = Emulator(1, lockstep=0.01)
     bus._connection.shutdown(2)  # as if this process had been killed
