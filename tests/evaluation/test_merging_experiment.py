@@ -148,6 +148,8 @@ def test_an_interrupted_step_is_resumed_and_only_that(driver, tmp_path):
     assert done.returncode == 0, done.stderr
     assert lines[0].endswith("--resume") and str(broken) in lines[0]
     assert len(lines) == 3 and not any("--resume" in line for line in lines[1:])
+    commands = (tmp_path / "out/commands.txt").read_text().splitlines()
+    assert len(commands) == len(set(commands)) == 7 and not any("--resume" in line for line in commands)
 
 
 @pytest.mark.parametrize(
