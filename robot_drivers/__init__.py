@@ -15,6 +15,7 @@ from .faults import (
 from .recorder import Record, Recorder, read_record
 from .safety_filter import Filtered, FilterState, SafetyFilter
 from .supervisor import Cycle, Mode, ModeError, Supervisor, SupervisorConfig
+from .workspace import Workspace
 
 __all__ = [
     "Arm",
@@ -43,6 +44,7 @@ __all__ = [
     "State",
     "Supervisor",
     "SupervisorConfig",
+    "Workspace",
     "leave",
     "read_record",
 ]
