@@ -165,28 +165,37 @@ def collect(options: Options) -> dict[str, Any]:
 
 
 def judge(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One sentence per goal of the experiment that can be judged, with the numbers that decide it."""
+    """One sentence per goal of the experiment that can be judged, with the numbers that decide it.
+
+    None can where the experts have not learned their skills: what never succeeds loses nothing.
+    """
+    by_name = {row["variant"]: row for row in rows if _finished(row)}
+    experts = by_name.get(EXPERTS)
+    if experts is None or not experts["all"]["successes"]:
+        return ["The experts alone have not run, or solved nothing, so that no goal can be judged."]
     sentences = []
-    merges = [row for row in rows if row["variant"].startswith(MERGE) and _finished(row)]
-    paired = [row for row in merges if row["against_experts"]["pairs"]]
-    if paired:
-        best = max(paired, key=lambda row: row["against_experts"]["difference"])
+    merges = [row for name, row in by_name.items() if name.startswith(MERGE)]
+    if merges:
+        best = max(merges, key=lambda row: row["against_experts"]["difference"])
         drop = -100 * best["against_experts"]["difference"]
         sentences.append(
-            f"Best of {len(paired)} merges, chosen on the measured episodes themselves: {best['variant']}"
-            f" loses {drop:.1f} points against the experts alone (goal: at most {MERGE_GOAL:g}; MergeVLA's"
-            f" own loss: {PUBLISHED_DROP:g}): {'reached' if drop <= MERGE_GOAL else 'missed'}."
+            f"Best of {len(merges)} merges, chosen on the measured episodes themselves: {best['variant']}"
+            f" loses {_points(drop)} points against the experts alone (goal: at most {MERGE_GOAL:g};"
+            f" MergeVLA's own loss: {PUBLISHED_DROP:g}): {'reached' if drop <= MERGE_GOAL else 'missed'}."
         )
-    bank = {row["variant"].removeprefix(BANK): row for row in rows if row["variant"].startswith(BANK)}
+    bank = {name.removeprefix(BANK): row for name, row in by_name.items() if name.startswith(BANK)}
     told = bank.pop(ORACLE, None)
-    for router, row in bank.items():
-        if told and _finished(row) and _finished(told):
-            drop = 100 * (told["all"]["rate"] - row["all"]["rate"])
-            sentences.append(
-                f"Bank with the router {router}: {drop:.1f} points below the oracle (goal: at most"
-                f" {ROUTER_GOAL:g}): {'reached' if drop <= ROUTER_GOAL else 'missed'}."
-            )
+    for router, row in bank.items() if told else ():
+        drop = 100 * (told["all"]["rate"] - row["all"]["rate"])
+        sentences.append(
+            f"Bank with the router {router}: {_points(drop)} points below the oracle (goal: at most"
+            f" {ROUTER_GOAL:g}): {'reached' if drop <= ROUTER_GOAL else 'missed'}."
+        )
     return sentences
+
+
+def _points(value: float) -> str:
+    return f"{value + 0.0:.1f}"  # not "-0.0"
 
 
 def markdown(content: Mapping[str, Any]) -> str:
@@ -218,8 +227,8 @@ def markdown(content: Mapping[str, Any]) -> str:
 def _cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     total, against = row["all"], row["against_experts"]
     low, high = (100 * bound for bound in total["interval"])
-    done = total["episodes"] + total["errors"]
-    partial = "" if _finished(row) else f", {done} of {total['planned']} run, {total['errors']} errors"
+    done, planned = total["episodes"], total["planned"]
+    partial = "" if _finished(row) else f", {done} of {planned} counted, {total['errors']} errors"
     difference = ""
     if against["pairs"] and row["variant"] != EXPERTS:
         bounds = ", ".join(f"{100 * bound:+.1f}" for bound in against["interval"])
@@ -228,7 +237,7 @@ def _cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [
         row["variant"] + partial,
         *(_count(row["skills"][name]) for name in names),
-        f"{_count(total)} = {100 * (total['rate'] or 0):.1f} % ({low:.1f} – {high:.1f})",
+        f"{_count(total)} = {100 * total['rate']:.1f} % ({low:.1f} – {high:.1f})" if done else "–",
         difference,
         f"{100 * routing['accuracy']:.1f} %" if routing and routing["decisions"] else "",
         *_mask_cells(row["masks"]),

@@ -327,8 +327,21 @@ def test_the_table_counts_pairs_and_judges(experiment, capsys):
     line = next(line for line in text.splitlines() if line.startswith("| merge: ties |"))
     assert "| 4/4 | 2/4 | 6/8 = 75.0 % (40.9 – 92.9) | -25.0 (" in line
     unfinished = next(line for line in text.splitlines() if line.startswith("| merge: ties+masks"))
-    assert "5 of 8 run" in unfinished and " / " in unfinished, "keep ratios beside the null model"
+    assert "5 of 8 counted" in unfinished and " / " in unfinished, "keep ratios beside the null model"
     assert "vla train --out base" in text and "- stove: turn on the stove" in text
+
+
+def test_where_the_experts_solve_nothing_no_goal_is_reached(experiment):
+    for skill, place in (("soup", "libero_object:0"), ("stove", "libero_goal:7")):
+        run = experiment / f"eval/expert-{skill}"
+        (run / "episodes.jsonl").unlink()
+        save_run(run, place, lambda *_: False)
+    content = merging_table.collect(merging_table.Options(experiment, SKILLS))
+    (sentence,) = content["goals"]
+    assert "solved nothing, so that no goal can be judged" in sentence
+    (experiment / "eval/ties/episodes.jsonl").unlink()
+    again = merging_table.markdown(merging_table.collect(merging_table.Options(experiment, SKILLS)))
+    assert "| merge: ties, 0 of 8 counted, 0 errors | – | – | – |" in again
 
 
 def test_without_an_evaluation_there_is_no_table(tmp_path):
