@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vla.errors import UserError
 from vla.kernels.dispatch import Choice, choose, triton_refusal
-from vla.kernels.launch import INTERPRETED, TritonKernel, cdiv, power_of_two
+from vla.kernels.launch import INTERPRETED, TritonKernel, cdiv, in_autocast, power_of_two
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -151,6 +151,7 @@ def gated_product(x: Tensor, gate: Tensor, up: Tensor, path: str | None = None) 
         raise UserError(
             f"gated_product: gate is {gate.dtype} and up is {up.dtype}; they must be of one dtype."
         )
+    x, gate, up = in_autocast(x, gate, up)
     if dispatch(x, gate, path).path == "torch":
         return torch_path(x, gate, up)
     return torch.ops.cogmerge.gated_product(x, gate, up)

@@ -23,6 +23,7 @@ from vla.kernels.add_film_norm import add_film_norm
 from vla.kernels.coupled_attention import coupled_attention
 from vla.kernels.film_route_select import film_route_select
 from vla.kernels.gated_product import gated_product
+from vla.kernels.launch import TRITON_INSTALLED
 from vla.kernels.masked_delta_apply import masked_delta_apply
 from vla.kernels.product_residual import product_residual
 from vla.kernels.qkv_rope import qkv_rope
@@ -140,17 +141,34 @@ def _routing_cases(random: Callable[..., Tensor], width: int) -> Iterator[Case]:
     )
 
 
+def kernel_failures() -> tuple[type[Exception], ...]:
+    """What a kernel that does not fit this GPU raises: CUDA's errors and Triton's."""
+    if not TRITON_INSTALLED:
+        return (RuntimeError,)
+    from triton.errors import TritonError
+
+    return (RuntimeError, TritonError)
+
+
+def compiled(case: Case, backend: str = "inductor") -> Callable[[], tuple[Tensor, ...]]:
+    """The torch path of `case` through torch's compiler, as one graph.
+
+    The compiler forgets the case before: all share a line of code, whose recompilations it limits to eight.
+    """
+    torch.compiler.reset()
+    return torch.compile(lambda: case.run("torch"), fullgraph=True, dynamic=False, backend=backend)
+
+
 def measure(case: Case) -> dict[str, Any]:
     """Microseconds per call of each path of `case`, and how far Triton is from torch (relative norm)."""
     with torch.no_grad():
         # Copied: an operation that writes in place returns the same memory every time.
         want = [result.clone() for result in case.run("torch")]
         got = [result.clone() for result in case.run("triton")]
-        compiled = torch.compile(lambda: case.run("torch"), fullgraph=True)
         row = {
             "name": case.name,
             "torch_us": captured_microseconds(lambda: case.run("torch")),
-            "compiled_us": captured_microseconds(compiled),
+            "compiled_us": captured_microseconds(compiled(case)),
             "triton_us": captured_microseconds(lambda: case.run("triton")),
             "relative_difference": max(_difference(x, y) for x, y in zip(got, want, strict=True)),
         }
@@ -187,11 +205,17 @@ def captured_microseconds(call: Callable[[], Any]) -> float:
 
 
 def measure_all(todo: Iterable[Case], deadline: float) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of the cases `todo`, and the names of those that `deadline` (`time.monotonic`) left out."""
+    """Rows of the cases `todo`, and the names of those that `deadline` (`time.monotonic`) left out.
+
+    A case that CUDA or Triton stops has a row with its ``error``: the others are still worth their time.
+    """
     rows, left_out = [], []
     for case in todo:
-        if time.monotonic() < deadline:
-            rows.append(measure(case))
-        else:
+        if time.monotonic() >= deadline:
             left_out.append(case.name)
+            continue
+        try:
+            rows.append(measure(case))
+        except kernel_failures() as error:
+            rows.append({"name": case.name, "error": " ".join(str(error).split())[:500]})
     return rows, left_out

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vla.errors import UserError
 from vla.kernels.dispatch import Choice, choose, triton_refusal
-from vla.kernels.launch import INTERPRETED, TritonKernel, cdiv, power_of_two
+from vla.kernels.launch import INTERPRETED, TritonKernel, cdiv, in_autocast, power_of_two
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -140,6 +140,7 @@ def product_residual(residual: Tensor, x: Tensor, weight: Tensor, path: str | No
             f"product_residual: residual {tuple(residual.shape)}, x {tuple(x.shape)} and weight "
             f"{tuple(weight.shape)} must be (..., D), (..., f) and (D, f)."
         )
+    x, weight = in_autocast(x, weight)
     if dispatch(x, weight, path).path == "torch":
         return torch_path(residual, x, weight)
     return torch.ops.cogmerge.product_residual(residual, x, weight)

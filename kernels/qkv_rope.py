@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vla.errors import UserError
 from vla.kernels.dispatch import Choice, choose, triton_refusal
-from vla.kernels.launch import INTERPRETED, TritonKernel, cdiv, power_of_two
+from vla.kernels.launch import INTERPRETED, TritonKernel, cdiv, in_autocast, power_of_two
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -237,6 +237,7 @@ def qkv_rope(
     Raises `UserError` for other shapes or a `path` that cannot run.
     """
     _check(x, q, k, v, cos, sin, biases)
+    x, q, k, v = in_autocast(x, q, k, v)
     if dispatch(x, q, cos, path).path == "torch":
         return torch_path(x, q, k, v, cos.to(x.dtype), sin.to(x.dtype), biases)
     return torch.ops.cogmerge.qkv_rope(x, q, k, v, cos, sin, *(biases or (None, None, None)))

@@ -7,6 +7,7 @@ as it would run. Before that, all switches together must give the actions of non
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from vla.errors import UserError
 from vla.kernels.dispatch import qualified
+from vla.kernels.microbenchmark import kernel_failures
 from vla.policy.checkpoint import LoadedPolicy
 from vla.runtime.engine import PolicyEngine
 from vla.runtime.policy_step import PolicyStep
@@ -66,10 +68,13 @@ def measure(presets: Sequence[str], deadline: float) -> list[dict[str, Any]]:
     found = []
     for preset in presets:
         if time.monotonic() >= deadline:
-            found.append({"preset": preset, "rows": [], "kept": [], "left_out": ["everything"]})
+            found.append({"preset": preset, "rows": [], "kept": [], "failed": {}, "left_out": ["all"]})
             continue
         loaded = load_preset(preset, torch.device("cuda"))
-        difference = fp32_difference(loaded)
+        try:
+            difference = fp32_difference(loaded)
+        except kernel_failures():  # which of them, the switches tell
+            difference = math.inf
         tried = try_switches(lambda ops, loaded=loaded: captured_step(loaded, ops), in_turns, deadline)
         found.append({"preset": preset, "fp32_difference": difference, **tried})
         del loaded
@@ -102,18 +107,23 @@ def try_switches(
 ) -> dict[str, Any]:
     """Turn on one switch after the other and keep what makes the step faster.
 
-    `build` makes a step with some operations on; `time_both` returns the milliseconds of two steps.
+    `build` makes a step with some operations on; `time_both` returns the milliseconds of two steps. A switch
+    that CUDA or Triton stops is in ``failed``, with the reason.
     """
     kept: list[str] = []
-    rows, left_out = [], []
+    rows, left_out, failed = [], [], {}
     best = build(kept)
     for switch in SWITCHES:
         name = " + ".join(switch)
         if time.monotonic() >= deadline:
             left_out.append(name)
             continue
-        step = build([*kept, *switch])
-        without_ms, with_ms = time_both(best, step)
+        try:
+            step = build([*kept, *switch])
+            without_ms, with_ms = time_both(best, step)
+        except kernel_failures() as error:
+            failed[name] = " ".join(str(error).split())[:500]
+            continue
         stays = with_ms <= (1 - GAIN) * without_ms
         ratio = with_ms / without_ms
         rows.append(
@@ -121,7 +131,7 @@ def try_switches(
         )
         if stays:
             kept, best = [*kept, *switch], step
-    return {"rows": rows, "kept": kept, "left_out": left_out}
+    return {"rows": rows, "kept": kept, "left_out": left_out, "failed": failed}
 
 
 def in_turns(first: Step, second: Step) -> tuple[float, float]:

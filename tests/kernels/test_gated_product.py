@@ -90,6 +90,15 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs))
 
 
+def test_under_autocast_it_computes_in_its_dtype_as_the_mlp_does():
+    x, gate, up = arguments(CASES[1], torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = gated_product(x, gate, up)
+        want = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+    assert y.dtype == want.dtype == torch.bfloat16
+    torch.testing.assert_close(y, want)
+
+
 def test_dispatch_leaves_many_rows_and_training_to_cublas(monkeypatch):
     from vla.kernels import gated_product as file
 

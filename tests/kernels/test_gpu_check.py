@@ -94,6 +94,14 @@ def test_a_switch_stays_on_if_the_whole_step_gets_faster_among_those_that_stayed
     ]
     rows = {row["switch"]: row for row in found["rows"]}
     assert rows["gated_product"]["without_ms"] == 9.0 and rows["gated_product"]["with_ms"] == 7.0
+
+    def refuse(ops):
+        if ops and ops[-1] == "scatter_residual":
+            raise RuntimeError("shared\nmemory")
+        return build(ops)
+
+    stopped = policy_kernels.try_switches(refuse, lambda a, b: (a, b), time.monotonic() + 60)
+    assert stopped["kept"] == found["kept"] and stopped["failed"] == {"scatter_residual": "shared memory"}
     late = policy_kernels.try_switches(build, lambda a, b: (a, b), time.monotonic() - 1)
     assert late["kept"] == [] and len(late["left_out"]) == len(policy_kernels.SWITCHES)
 
@@ -131,9 +139,12 @@ def test_whole_steps_with_all_kernels_and_with_none_agree(policy_kernels):
         pytest.skip("no CUDA device")
     loaded = policy_kernels.load_preset("nano", torch.device("cuda"))
     assert policy_kernels.fp32_difference(loaded) < 1e-4
+    exact = policy_kernels.captured_step(loaded, (), "fp32")()
     none = policy_kernels.captured_step(loaded, ())
     every = policy_kernels.captured_step(loaded, [op for switch in policy_kernels.SWITCHES for op in switch])
-    assert (every() - none()).norm() <= 5e-2 * none().norm()
+    # In bf16 a token at the edge of being kept may change sides, so each is set against fp32.
+    errors = [((step() - exact).norm() / exact.norm()).item() for step in (none, every)]
+    assert errors[1] <= 1.5 * errors[0] + 1e-2
     assert min(policy_kernels.in_turns(none, every)) > 0
 
 
@@ -141,6 +152,35 @@ def test_what_no_time_is_left_for_is_named():
     cases = list(microbenchmark.cases("cpu", torch.float32, shrink=64))
     rows, left_out = microbenchmark.measure_all(cases, time.monotonic() - 1)
     assert rows == [] and left_out == [case.name for case in cases]
+
+
+def test_every_case_is_one_graph_for_the_compiler():
+    """What `measure` compiles on a GPU, captured without one."""
+    for case in microbenchmark.cases("cpu", torch.float32, shrink=64):
+        with torch.no_grad():
+            call = microbenchmark.compiled(case, backend="eager")
+            for got, want in zip(call(), case.run("torch"), strict=True):
+                torch.testing.assert_close(got, want)
+
+
+def test_a_case_that_a_gpu_refuses_leaves_the_others_their_turn(monkeypatch):
+    cases = list(microbenchmark.cases("cpu", torch.float32, shrink=64))[:2]
+
+    def measure(case):
+        if case is cases[0]:
+            raise RuntimeError("out of resources:\n shared memory")
+        return {"name": case.name}
+
+    monkeypatch.setattr(microbenchmark, "measure", measure)
+    rows, left_out = microbenchmark.measure_all(cases, time.monotonic() + 60)
+    assert (
+        rows
+        == [
+            {"name": cases[0].name, "error": "out of resources: shared memory"},
+            {"name": cases[1].name},
+        ]
+        and not left_out
+    )
 
 
 @pytest.mark.gpu
