@@ -21,6 +21,7 @@ Backward of the custom op, with ``P = softmax(s)``, ``n = LN(z)``, ``z_hat`` the
     dg = sigma (1 - sigma) sum(ds_T * q_T k_T')
 
 The Triton path has run in the interpreter and been compiled for sm_90; it has not been timed on a GPU yet.
+The policy does not call it yet: its block is overridden part by part by `self_attention`.
 """
 
 from __future__ import annotations

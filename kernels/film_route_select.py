@@ -20,6 +20,8 @@ Backward runs through the gates of the kept candidates alone; ``t = dgate * gate
 
 The Triton path is two launches: scores on all processors, then one program per sample for the ranks. It has
 run in the interpreter and been compiled for sm_90; it has not been timed on a GPU yet.
+Where torch is chosen the policy calls the router's modules instead: folding rounds differently, so that the
+torch path here would change the actions of trained checkpoints in their last bits.
 """
 
 from __future__ import annotations

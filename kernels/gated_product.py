@@ -12,7 +12,8 @@ holds both sums of its columns until they are multiplied. Backward, with ``g`` a
     dx = dg W_gate + du W_up,   dW_gate = dg' x,   dW_up = du' x
 
 The Triton path has run in the interpreter and been compiled for sm_90; it has not been timed on a GPU yet.
-What it has to beat there is two cuBLAS products and a pointwise kernel in a captured graph.
+What it has to beat there is two cuBLAS products and a pointwise kernel in a captured graph. Where torch is
+chosen the policy calls the MLP's module, which sharding and low-rank factors need.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ the channels. Backward, ``rstd`` counted as the function of x that it is, ``m(.)
     dg = sum gate * dy * n,   dgate_j = sum_d dy * n * g
 
 Indices are unique, so nothing is added up by atomics. The Triton path has run in the interpreter and been
-compiled for sm_90; it has not been timed on a GPU yet.
+compiled for sm_90; it has not been timed on a GPU yet. The policy calls it where `film_route_select` left it
+an rstd, and the norm's module otherwise.
 """
 
 from __future__ import annotations
