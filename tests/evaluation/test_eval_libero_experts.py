@@ -50,6 +50,7 @@ def test_a_bank_with_its_router_and_the_oracle(skills, tmp_path):
     assert summary["total"]["routing"]["accuracy"] == 1.0 and "confusion: who acted" in printed
 
 
+@pytest.mark.slow
 def test_a_masked_merge_as_its_expert_and_as_an_ordinary_checkpoint(skills, tmp_path):
     evaluate(skills / "merged", tmp_path / "masked")
     (told,) = read_records(tmp_path / "masked")
