@@ -29,6 +29,9 @@ class Style:
     """Chance per step that a burst of noise begins."""
     burst_steps: tuple[int, int] = (4, 12)
     """Length of a burst; within one the noise is nearly constant."""
+    start_spread: float = 0.0
+    """How far the hand is moved in any direction, half as far up or down, before recording starts. From one
+    and the same start the hand's way tells a policy what is wanted, and it need not read."""
 
     def draw(self, rng: np.random.Generator) -> Manner:
         """Draw the manner of one demonstration."""
@@ -39,6 +42,11 @@ class Style:
             grasp_spread=self.grasp_spread,
             waypoint_offset=rng.normal(0.0, 1.0, 2).clip(-2, 2) * self.waypoint_noise,
         )
+
+    def draw_start(self, seed: int) -> np.ndarray:
+        """Draw the way (3,) of the hand to its start, m: its own stream, so that manners stay the same."""
+        spread = self.start_spread * np.array([1.0, 1.0, 0.5])
+        return np.random.default_rng([seed, 2]).uniform(-spread, spread)
 
 
 DEFAULT = Style()

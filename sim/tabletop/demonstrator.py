@@ -19,7 +19,7 @@ from vla.robot_drivers.emulation.plant import to_steps
 from vla.robot_drivers.emulation.tabletop import BOWL_HEIGHT, CUBE_HALF, SHOULDER
 from vla.robot_drivers.so101.calibration import GRIPPER, JOINTS
 from vla.robot_drivers.so101.interface import to_policy
-from vla.sim.demonstrators.demonstrator import Demonstration, Record
+from vla.sim.demonstrators.demonstrator import Demonstration, Record, carry_out
 from vla.sim.demonstrators.style import DEFAULT, BurstNoise, Style
 from vla.sim.tabletop.kinematics import Kinematics, pointing_down
 from vla.sim.tabletop.simulation import TabletopSimulation
@@ -50,6 +50,16 @@ class TabletopDemonstrator:
         self._kinematics = Kinematics()
         self._manner = style.draw(np.random.default_rng(seed))
         self._gripper, self._off = OPEN, 0.0
+        self._way = style.draw_start(seed)
+
+    def stray(self) -> Actions:
+        """Yield the actions (6,) that bring the hand to where the demonstration starts; none by default."""
+        if not self._way.any():
+            return
+        yield from self._rise()
+        start = self._hand()[0] + self._way
+        start[2] = max(start[2], READY_HEIGHT)
+        yield from self._reach(lambda: self._solve(start, self._turn()), tolerance=0.10)
 
     def actions(self) -> Actions:
         """Yield the next clean action (6,), degrees and percent, until the caller stops asking."""
@@ -206,23 +216,13 @@ def demonstrate_tabletop(
     sim.reset(episode)
     demonstrator = TabletopDemonstrator(sim, seed=seed, style=style)
     noise = JointNoise(style, np.random.default_rng([seed, 1]))
-    executed: list[np.ndarray] = []
-    reason = "step limit"
-    for clean in demonstrator.actions():
-        if len(executed) >= (step_limit or sim.step_limit):
-            break
-        if sim.faulty:
-            reason = str(sim.supervisor.fault)
-            break
-        action = noise(clean)
-        if record is not None:
-            record(sim, clean, action)
-        executed.append(action)
-        if sim.step(action):
-            reason = "success"
-            break
-    actions = np.array(executed).reshape(-1, len(JOINTS))
-    return Demonstration(reason == "success", len(actions), actions, reason)
+    for action in demonstrator.stray():
+        sim.step(action)
+
+    def fault() -> str | None:
+        return str(sim.supervisor.fault) if sim.faulty else None
+
+    return carry_out(sim, demonstrator.actions(), noise, record, step_limit or sim.step_limit, fault)
 
 
 def _bearing(position: np.ndarray) -> float:

@@ -19,7 +19,7 @@ from vla.sim.demonstrators.motion import CLOSE, DOWN, OPEN, Limits, funnel, reac
 from vla.sim.demonstrators.place import HeightMap
 from vla.sim.demonstrators.push import is_dish
 from vla.sim.demonstrators.scene import Joint, Pose, Scene, box_samples
-from vla.sim.demonstrators.style import ActionNoise
+from vla.sim.demonstrators.style import ActionNoise, Style
 from vla.sim.demonstrators.table import DemonstratorTableConfig, Row, demonstrator_table, summarise
 from vla.sim.episode import Episode, demonstration_seed
 from vla.sim.simulation import LiberoSimulation
@@ -87,6 +87,29 @@ def test_the_record_sees_the_state_before_the_action(sim):
     demonstrate(sim, episode(0), seed=0, step_limit=3, record=lambda s, *_: seen.append(s.sim_state()))
     sim.reset(episode(0))
     np.testing.assert_array_equal(seen[0], sim.sim_state())
+
+
+def test_a_start_elsewhere_is_not_recorded_and_changes_nothing_else(sim):
+    def positions(seed, **changes):
+        seen = []
+        style = replace(DEFAULT, **changes)
+        done = demonstrate(
+            sim, episode(0), seed=seed, style=style, record=lambda s, *_: seen.append(s.state()[:3])
+        )
+        assert done.success and done.steps == len(seen)
+        return np.array(seen)
+
+    sim.reset(episode(0))
+    home, spread = sim.state()[:3], 0.12
+    starts = np.array([positions(seed, start_spread=spread)[0] - home for seed in (1, 2)])
+    drawn = np.array([Style(start_spread=spread).draw_start(seed) for seed in (1, 2)])
+    assert np.abs(drawn).max() <= spread and np.abs(drawn[:, 2]).max() <= spread / 2
+    np.testing.assert_allclose(starts, drawn, atol=0.01)
+    np.testing.assert_allclose(positions(1)[0], home, atol=1e-3)
+    assert (
+        Style(start_spread=spread).draw(np.random.default_rng(1)).limits
+        == DEFAULT.draw(np.random.default_rng(1)).limits
+    )
 
 
 @pytest.mark.slow

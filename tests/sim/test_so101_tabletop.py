@@ -186,6 +186,22 @@ def test_a_demonstration_repeats_to_the_bit_and_ends_at_its_limit(sim):
     assert (short.success, short.steps, short.reason) == (False, 20, "step limit")
 
 
+def test_a_demonstration_may_start_with_the_hand_elsewhere(sim):
+    def first_state(seed, spread):
+        rows = []
+        style = replace(CLEAN, start_spread=spread)
+        done = demonstrate_tabletop(
+            sim, episode(2), seed=seed, style=style, record=lambda sim, *_: rows.append(sim.state())
+        )
+        assert done.success and done.steps == len(rows)
+        return rows[0]
+
+    home, there, elsewhere = first_state(1, 0.0), first_state(1, 0.05), first_state(2, 0.05)
+    assert np.abs(there - home)[:5].max() > 10  # degrees: up from its rest pose
+    assert 2 < np.abs(there - elsewhere)[:5].max() < 60
+    assert np.array_equal(there, first_state(1, 0.05))
+
+
 def test_a_lost_cube_is_picked_up_again(sim):
     sim.reset(episode(3))
     dropped = False
