@@ -95,14 +95,17 @@ class TrossenDriver:
         """Take hold of the arm where it is."""
         self._call(self._held.set_all_modes, self._vendor.Mode.position)
         self._modes = (True,) * len(self._modes)
-        self.hold()
+        self._hold(self.timeout)  # switching modes may keep the controller from its samples for a while
         self._commanded = None
 
     def read(self) -> State:
         """Return a sample that is newer than the last one; the last one with its faults after an error."""
+        return self._read(FRESH)
+
+    def _read(self, patience: float) -> State:
         now = self._clock()
         try:
-            output = self._next_output()
+            output = self._next_output(patience)
         except DriverFault as fault:
             if not _is_controllers(fault) or self._state is None:
                 raise
@@ -143,7 +146,10 @@ class TrossenDriver:
 
     def hold(self) -> None:
         """Command the present position."""
-        self.write(np.clip(self.read().q, self.info.lower, self.info.upper))
+        self._hold(FRESH)
+
+    def _hold(self, patience: float) -> None:
+        self.write(np.clip(self._read(patience).q, self.info.lower, self.info.upper))
 
     def disable(self) -> list[DriverFault]:
         """Brake all joints and see that they are; return one fault for all if that fails. Never raises."""
@@ -195,9 +201,9 @@ class TrossenDriver:
                     f" than {joint.lower:g} to {joint.upper:g}: give the driver these `limits`."
                 )
 
-    def _next_output(self) -> Any:
-        """Return the makers' newest sample once its number has changed, or raise `BusTimeout`."""
-        until = time.monotonic() + FRESH
+    def _next_output(self, patience: float) -> Any:
+        """Return the makers' newest sample once its number has changed; `BusTimeout` after `patience` (s)."""
+        until = time.monotonic() + patience
         while True:
             output = self._call(self._held.get_robot_output)
             if output.header.id != self._number:
