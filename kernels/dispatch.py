@@ -33,6 +33,9 @@ FORCED = os.environ.get(VARIABLE) or None
 #: ``scripts/gpu_check`` measures it and prints the set. That has not been done yet, so the set is empty.
 QUALIFIED: frozenset[str] = frozenset()
 
+#: Rows beyond which an H200 computes a product longer than it reads the weight: 790 TFLOP/s over 4.3 TB/s.
+MOST_PRODUCT_ROWS = 192
+
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -66,6 +69,15 @@ def triton_refusal(tensor: Tensor) -> str | None:
         return f"the tensors are on {tensor.device.type} and Triton needs a CUDA device"
     if tensor.dtype not in TRITON_DTYPES:
         return f"the Triton kernels do not take {tensor.dtype}"
+    return None
+
+
+def product_unsuited(rows: int, x: Tensor, weight: Tensor) -> str | None:
+    """Why torch multiplies `rows` rows of `x` by `weight` better than a kernel bound by reading it."""
+    if rows > MOST_PRODUCT_ROWS:
+        return f"{rows} rows are more than {MOST_PRODUCT_ROWS}: computing binds and cuBLAS computes best"
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return "training needs what torch keeps for its own backward"
     return None
 
 

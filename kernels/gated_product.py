@@ -25,13 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vla.errors import UserError
-from vla.kernels.dispatch import Choice, choose, triton_refusal
+from vla.kernels.dispatch import Choice, choose, product_unsuited, triton_refusal
 from vla.kernels.launch import INTERPRETED, TritonKernel, cdiv, in_autocast, power_of_two
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-MOST_ROWS = 192  # beyond, an H200 computes longer than it reads: 790 TFLOP/s over 4.3 TB/s is 184 rows
 ROWS, COLUMNS, DEPTH = 128, 64, 64  # of a tile, at most
 
 
@@ -123,12 +122,7 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 def dispatch(x: Tensor, gate: Tensor, path: str | None = None) -> Choice:
     """The path that `gated_product` takes for rows `x` and the weight `gate`, and why."""
-    rows = x.numel() // max(x.shape[-1], 1)
-    unsuited = None
-    if rows > MOST_ROWS:
-        unsuited = f"{rows} rows are more than {MOST_ROWS}: computing binds and cuBLAS computes best"
-    elif torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad):
-        unsuited = "training needs what torch keeps for its own backward"
+    unsuited = product_unsuited(x.numel() // max(x.shape[-1], 1), x, gate)
     return choose("gated_product", _refusal(x, gate), path, unsuited)
 
 

@@ -22,13 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vla.errors import UserError
-from vla.kernels.dispatch import Choice, choose, triton_refusal
+from vla.kernels.dispatch import Choice, choose, product_unsuited, triton_refusal
 from vla.kernels.launch import INTERPRETED, TritonKernel, cdiv, in_autocast, power_of_two
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-MOST_ROWS = 192  # beyond, an H200 computes longer than it reads: 790 TFLOP/s over 4.3 TB/s is 184 rows
 PROCESSORS = 132  # of an H200
 ROWS, COLUMNS, DEPTH = 128, 64, 64  # of a tile, at most
 
@@ -109,12 +108,7 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 def dispatch(x: Tensor, weight: Tensor, path: str | None = None) -> Choice:
     """The path that `product_residual` takes for rows `x` and the weight, and why."""
-    rows = x.numel() // max(x.shape[-1], 1)
-    unsuited = None
-    if rows > MOST_ROWS:
-        unsuited = f"{rows} rows are more than {MOST_ROWS}: computing binds and cuBLAS computes best"
-    elif torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        unsuited = "training needs what torch keeps for its own backward"
+    unsuited = product_unsuited(x.numel() // max(x.shape[-1], 1), x, weight)
     return choose("product_residual", _refusal(x, weight), path, unsuited)
 
 
