@@ -134,6 +134,14 @@ def test_a_head_that_the_dataset_never_teaches_does_not_stop_a_resume(small_run)
     assert os.readlink(out / LAST) == "000004"
 
 
+def test_a_head_for_another_keyframe_is_left_untaught(small_run):
+    """A checkpoint from elsewhere may have one; the dataset's keyframes (3 entries) do not fit it."""
+    config = small_run(steps=2, policy=(*small_run().policy, "keyframe_dim=2"))
+    train(config)
+    rows = [row for row in read_metrics(config.out / "metrics.jsonl") if row["kind"] == "train"]
+    assert len(rows) == 2 and not any("keyframe_loss" in row for row in rows)
+
+
 def test_an_optimizer_state_that_lacks_a_parameter_is_refused(small_run):
     out = small_run().out
     train(small_run(steps=2))
