@@ -16,12 +16,15 @@ from importlib import import_module
 import numpy as np
 
 from vla.errors import UserError
+from vla.sim.culling import View, visible_geoms
 
 REMEDY = (
     "Install a software renderer (Debian, Ubuntu: `apt install libegl1 libgl1-mesa-dri` for EGL or "
     "`apt install libosmesa6` for OSMesa) and set MUJOCO_GL=egl or MUJOCO_GL=osmesa."
 )
 _LIBRARIES = {"egl": "EGL", "osmesa": "OSMesa"}
+#: MuJoCo draws geoms of groups 0 to 5; robosuite's visual ones are in group 1.
+_HIDDEN_GROUP = 5
 
 
 def find_backend() -> str:
@@ -78,8 +81,9 @@ class OffscreenRenderer:
     """Renders fixed cameras of one model to square uint8 images.
 
     The visual settings are those of robosuite 1.4 (visual meshes on, collision meshes off), so frames
-    equal its frames bit for bit. The context is made current before every frame: robosuite never
-    does that, and two of its environments in one process silently draw garbage.
+    equal its frames bit for bit, although what a camera cannot see is left out. The context is made current
+    before every frame: robosuite never does that, and two of its environments in one process silently draw
+    garbage.
     Raises `UserError` when no OpenGL context can be made.
     """
 
@@ -114,16 +118,26 @@ class OffscreenRenderer:
         mj = self._mujoco
         self._gl.make_current()
         self._camera.fixedcamid = mj.mj_name2id(self._model, mj.mjtObj.mjOBJ_CAMERA, camera)
+        mj.mjv_updateCamera(self._model, data, self._camera, self._scene)
+        return self.draw(data, visible_geoms(self._model, data, View.of(self._scene)))
+
+    def draw(self, data, geoms: np.ndarray) -> np.ndarray:
+        """Return the frame of the camera last rendered, of these `geoms` (ngeom,) bool if they are visual."""
+        mj, groups = self._mujoco, self._model.geom_group.copy()
         viewport = mj.MjrRect(0, 0, self._size, self._size)
-        mj.mjv_updateScene(
-            self._model,
-            data,
-            self._options,
-            self._perturbation,
-            self._camera,
-            mj.mjtCatBit.mjCAT_ALL,
-            self._scene,
-        )
+        self._model.geom_group[~geoms] = _HIDDEN_GROUP
+        try:
+            mj.mjv_updateScene(
+                self._model,
+                data,
+                self._options,
+                self._perturbation,
+                self._camera,
+                mj.mjtCatBit.mjCAT_ALL,
+                self._scene,
+            )
+        finally:
+            self._model.geom_group[:] = groups
         mj.mjr_render(viewport=viewport, scn=self._scene, con=self._context)
         frame = np.empty((self._size, self._size, 3), dtype=np.uint8)
         mj.mjr_readPixels(rgb=frame, depth=None, viewport=viewport, con=self._context)
