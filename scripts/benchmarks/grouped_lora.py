@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vla.experts.grouped_lora import FactorStack, grouped_lora
+from vla.experts.grouped_lora import FactorStack, add_grouped_lora
 
 
 def run(
@@ -72,7 +72,7 @@ def make_ways(
     merged = (weight + factors.b @ factors.a)[rows]
     return {
         "base": lambda: F.linear(x, weight),
-        "grouped": lambda: F.linear(x, weight) + grouped_lora(x, factors, rows),
+        "grouped": lambda: add_grouped_lora(F.linear(x, weight), x, factors, rows),
         "loop": lambda: F.linear(x, weight) + loop_over_experts(x, factors, rows),
         "merged": lambda: torch.bmm(x, merged.mT),
     }

@@ -9,7 +9,7 @@ from torch import nn
 
 from vla.errors import UserError
 from vla.experts.bank import ExpertBank
-from vla.experts.grouped_lora import grouped_lora, stack_updates
+from vla.experts.grouped_lora import add_grouped_lora, stack_updates
 from vla.experts.lora_expert import LoraExpert, declare, make_config
 from vla.experts.low_rank import LowRank
 
@@ -60,12 +60,12 @@ def test_grouped_equals_looped(ranks, sizes, k, seed, data):
         LowRank(torch.randn(m, r, generator=generator), torch.randn(r, n, generator=generator)) for r in ranks
     ]
     x = torch.randn(k * len(rows), tokens, n, generator=generator)
-    grouped = grouped_lora(x, stack_updates(updates, torch.empty(m, n)), torch.tensor(rows))
-    looped = torch.stack([x[i] @ updates[rows[i // k]].dense().T for i in range(len(x))])
-    if grouped is None:
-        assert not looped.any()
-    else:
-        torch.testing.assert_close(grouped, looped, atol=1e-4, rtol=1e-4)
+    base = torch.randn(k * len(rows), tokens, m, generator=generator)
+    stack = stack_updates(updates, torch.empty(m, n))
+    grouped = add_grouped_lora(base, x, stack, torch.tensor(rows))
+    looped = torch.stack([base[i] + x[i] @ updates[rows[i // k]].dense().T for i in range(len(x))])
+    torch.testing.assert_close(grouped, looped, atol=1e-4, rtol=1e-4)
+    assert (grouped is base) == (not any(ranks[row] for row in rows))
 
 
 @torch.no_grad()

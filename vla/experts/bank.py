@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vla.errors import UserError, nearest
-from vla.experts.grouped_lora import FactorStack, grouped_lora
+from vla.experts.grouped_lora import FactorStack, add_grouped_lora
 from vla.experts.lora_expert import LoraExpert
 from vla.experts.low_rank import LowRank
 from vla.experts.private_module import PrivateModule
@@ -128,8 +128,7 @@ class ExpertBank:
     def _lora_hook(self, stack: FactorStack):
         def add_update(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             rows = self._rows.current
-            update = None if rows is None else grouped_lora(args[0], stack, rows)
-            return output if update is None else output + update
+            return output if rows is None else add_grouped_lora(output, args[0], stack, rows)
 
         return add_update
 

@@ -50,22 +50,23 @@ class FactorStack:
         return FactorStack(self.a[others, :rank], self.b[others, :, :rank], ranks)
 
 
-def grouped_lora(x: Tensor, factors: FactorStack, rows: Tensor) -> Tensor | None:
-    """``B_e A_e x`` for every row with its own expert, or None where no row's expert touched the layer.
+def add_grouped_lora(output: Tensor, x: Tensor, factors: FactorStack, rows: Tensor) -> Tensor:
+    """``output + B_e A_e x`` for every row with its own expert; `output` itself where no expert touches it.
 
-    `x` (k·B, ..., n) with the k entries of a sample side by side, `rows` (B,) int64 on the CPU or where `x`
-    is; returns (k·B, ..., m) in the dtype of `x`.
+    `x` (k·B, ..., n) with the k entries of a sample side by side, `output` (k·B, ..., m), `rows` (B,) int64
+    on the CPU or where `x` is. The last product adds as it goes: a sum of its own can take longer than it.
     """
     present = set(rows.tolist())
     if not any(factors.ranks[expert] for expert in present):
-        return None
+        return output
     if len(present) == 1:
         expert = present.pop()
         rank = factors.ranks[expert]
-        return F.linear(F.linear(x, factors.a[expert, :rank]), factors.b[expert, :, :rank])
-    samples = x.reshape(len(rows), -1, x.shape[-1])
+        hidden = F.linear(x, factors.a[expert, :rank]).flatten(0, -2)
+        return torch.addmm(output.flatten(0, -2), hidden, factors.b[expert, :, :rank].mT).view_as(output)
+    samples, base = (each.reshape(len(rows), -1, each.shape[-1]) for each in (x, output))
     hidden = torch.bmm(samples, factors.a[rows].mT)
-    return torch.bmm(hidden, factors.b[rows].mT).reshape(*x.shape[:-1], factors.b.shape[1])
+    return torch.baddbmm(base, hidden, factors.b[rows].mT).view_as(output)
 
 
 def stack_updates(updates: Sequence[LowRank], like: Tensor) -> FactorStack:
