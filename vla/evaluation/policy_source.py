@@ -7,7 +7,6 @@ A checkpoint is one source; a policy server or a bank of experts is another.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from vla.contract import CONTRACT_FILE, PolicyContract
 from vla.errors import UserError
+from vla.json_file import load_json
 from vla.policy.routing_report import RoutingReport
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class CheckpointSource:
     @property
     def manifest(self) -> dict[str, Any]:
         """The checkpoint's manifest."""
-        return json.loads((self.path / "manifest.json").read_text())
+        return load_json(self.path / "manifest.json")
 
     def load(self) -> CheckpointPolicy:
         """Load the checkpoint; raise `UserError` if its content changed since the evaluation began."""
@@ -153,7 +153,7 @@ class ExpertSource:
     @property
     def manifest(self) -> dict[str, Any]:
         """The expert's manifest."""
-        return json.loads((self.path / "manifest.json").read_text())
+        return load_json(self.path / "manifest.json")
 
     def load(self) -> CheckpointPolicy:
         """Load base and expert; raise `UserError` if one changed since the evaluation began."""
