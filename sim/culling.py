@@ -1,7 +1,7 @@
 """What a camera cannot see need not be drawn: frames stay the same bit for bit and cost less.
 
 MuJoCo sends every triangle of the scene through the renderer, in view or not, and wherever a box reflects
-(the stove's plate in LIBERO) all of them twice. The hand's camera sees about one geom in eight.
+(the stove's plate in LIBERO) all of them twice. The hand's camera needs few: 5 to 10 of 70 in libero_object.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ REMEDY = (
     "`apt install libosmesa6` for OSMesa) and set MUJOCO_GL=egl or MUJOCO_GL=osmesa."
 )
 _LIBRARIES = {"egl": "EGL", "osmesa": "OSMesa"}
-#: MuJoCo draws geoms of groups 0 to 5; robosuite's visual ones are in group 1.
+#: Not drawn, as MuJoCo's options stand; robosuite's visual geoms are in group 1.
 _HIDDEN_GROUP = 5
 
 
@@ -114,7 +114,10 @@ class OffscreenRenderer:
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
 
     def render(self, data, camera: str) -> np.ndarray:
-        """Return the (size, size, 3) uint8 frame of `camera`, rows from bottom to top as OpenGL reads."""
+        """Return the (size, size, 3) uint8 frame of `camera`, rows from bottom to top as OpenGL reads.
+
+        Raises `ValueError` for an orthographic camera.
+        """
         mj = self._mujoco
         self._gl.make_current()
         self._camera.fixedcamid = mj.mj_name2id(self._model, mj.mjtObj.mjOBJ_CAMERA, camera)
