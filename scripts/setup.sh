@@ -74,6 +74,10 @@ install_package() {
         "$VENV/bin/python" -m uv pip install --quiet --python "$VENV/bin/python" --no-deps openpi-client==0.1.2 \
             || "$VENV/bin/python" -m pip install --quiet --no-deps openpi-client==0.1.2
     fi
+    # uv leaves compiling to the first import; where Python may not write bytecode, as in many containers,
+    # every process would compile the libraries anew (17 instead of 8 CPU seconds to import the policy).
+    # A file that does not compile is one that nothing here imports.
+    "$VENV/bin/python" -W ignore -m compileall -qq -j 0 "$VENV"/lib/python3.*/site-packages || true
     printf '%s' "$wanted" >"$stamp"
     say "Installed in $((SECONDS - started)) s"
 }
