@@ -1,11 +1,12 @@
 """The recipes of `scripts/experiment_merging`: every method with and without task masks, and the naive one.
 
-    merging_recipes.py FOLDER --base RUN --experts RUN... [--methods ties ...] [--lam 0.6] [--private head]
+    merging_recipes.py FOLDER --base RUN --experts RUN... [--methods ties ...] [--rescaled ties] [--lam 0.6]
 
 `naive.yaml` averages everything that the experts changed, heads included: one network for all tasks. All
 other recipes keep, as MergeVLA does, a private part of each head (what `vla.policy.head.head_parts` says of
 the policy) and average what else was trained in full; the method merges the low-rank updates. Where task
-masks are asked for they use MergeVLA's λ; everything else stays at the methods' own defaults.
+masks are asked for they use MergeVLA's λ; everything else stays at the methods' own defaults. Rescaled
+masks (`vla.experts.task_masks.projection_scale`) have no number to choose.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from vla.policy.checkpoint import load_checkpoint, resolve_checkpoint
 from vla.policy.head import head_parts
 
 NAIVE = "naive"
-MASKED = "+masks"
+MASKED, RESCALED = "+masks", "+rescaled"
 #: What `--private` may name beside the head's own private parts.
 PRIVATE_PARTS = {"film": "*film*", "routers": "*routers*", "state_projector": "model.state_projector.*"}
 
@@ -48,6 +49,8 @@ class Options:
     """The experts' training runs or folders."""
     methods: tuple[str, ...] = tuple(METHODS)
     """Merging methods."""
+    rescaled: tuple[str, ...] = ()
+    """Methods that have a recipe with rescaled masks too."""
     lam: float = 0.6
     """Threshold of the task masks."""
     private: tuple[str, ...] = ("head",)
@@ -77,18 +80,21 @@ def write_recipes(options: Options) -> list[str]:
     }
     recipes = {NAIVE: {"method": "weighted_average", **everything}}
     for method in options.methods:
-        recipes |= variants(method, options.lam, parts)
+        recipes |= variants(method, options.lam, parts, method in options.rescaled)
     for name, own in recipes.items():
         write_text(options.out / f"{name}.yaml", yaml.safe_dump(common | own, sort_keys=False))
     return list(recipes)
 
 
-def variants(method: str, lam: float, parts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def variants(method: str, lam: float, parts: Mapping[str, Any], rescaled: bool) -> dict[str, dict[str, Any]]:
     """A method's recipes by name; one that defines its own masks has only that one."""
     recipe = {"method": method, **parts}
     if make_method(method).own_masks:
         return {f"{method}{MASKED}": recipe}
-    return {method: recipe, f"{method}{MASKED}": recipe | {"lambda": lam}}
+    recipes = {method: recipe, f"{method}{MASKED}": recipe | {"lambda": lam}}
+    if rescaled:
+        recipes[f"{method}{MASKED}{RESCALED}"] = recipe | {"lambda": lam, "rescale": True}
+    return recipes
 
 
 def globs_of(names: Sequence[str], others: set[str]) -> list[str]:

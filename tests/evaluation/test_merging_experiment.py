@@ -215,10 +215,15 @@ def recipes(tmp_path_factory):
         save_tiny_expert(folder / name, base, seed, (f"find the {name}",), full=full)
     names = merging_recipes.write_recipes(
         merging_recipes.Options(
-            folder / "recipes", base, (folder / "soup", folder / "stove"), methods=("ties", "emr"), lam=0.7
+            folder / "recipes",
+            base,
+            (folder / "soup", folder / "stove"),
+            methods=("ties", "emr"),
+            rescaled=("ties", "emr"),
+            lam=0.7,
         )
     )
-    assert names == ["naive", "ties", "ties+masks", "emr+masks"]
+    assert names == ["naive", "ties", "ties+masks", "ties+masks+rescaled", "emr+masks"]
     for name in names:
         merge(load_recipe(folder / "recipes" / f"{name}.yaml"), folder / "merges" / name)
     return folder
@@ -243,6 +248,10 @@ def test_the_naive_recipe_averages_everything_and_the_others_keep_heads(recipes)
         private = load_file(recipes / "merges" / name / "experts/soup/private.safetensors")
         assert all(".action_decoder." in tensor or ".keyframe_head." in tensor for tensor in private)
     assert manifests["ties"]["masks"] is None and manifests["ties+masks"]["masks"]["null_model"]
+    rescaled = json.loads((recipes / "merges/ties+masks+rescaled/merge.json").read_text())
+    assert rescaled["masks"] == manifests["ties+masks"]["masks"]
+    assert set(rescaled["rescale"]["per_tensor"]) == {"soup", "stove"}
+    assert not manifests["ties+masks"]["rescale"]["per_tensor"]
     assert manifests["emr+masks"]["masks"]
     assert yaml.safe_load((recipes / "recipes/ties+masks.yaml").read_text())["lambda"] == 0.7
     assert yaml.safe_load((recipes / "recipes/ties.yaml").read_text())["experts"] == ["../soup", "../stove"]

@@ -208,6 +208,44 @@ def test_emr_restores_each_experts_magnitude(scene):
         torch.testing.assert_close(used, own, rtol=1e-4, atol=0)
 
 
+def test_rescaling_restores_each_update_along_itself(scene):
+    """Tensor by tensor, the masked update's part along the expert's own is that, and nothing else changes."""
+    plain = run(scene, "plain", **{"lambda": 0.6, "dtype": "float32"})
+    out = run(scene, **{"lambda": 0.6, "rescale": True, "dtype": "float32"})
+    assert (out / "delta.safetensors").read_bytes() == (plain / "delta.safetensors").read_bytes()
+    base = load_file(scene / "base/model.safetensors")
+    for m, name in enumerate(NAMES):
+        ours, theirs = (dict(MergedCheckpoint.open(folder).task_weights(name)) for folder in (out, plain))
+        for module in SHAPES:
+            start, own = base[f"{module}.weight"].float(), updates_of(scene, module)[m].dense()
+            rescaled, masked = ours[f"{module}.weight"] - start, theirs[f"{module}.weight"] - start
+            if not own.any():  # the expert left it alone
+                assert not rescaled.any() and not masked.any()
+                continue
+            torch.testing.assert_close((rescaled * own).sum(), own.square().sum(), rtol=1e-4, atol=0)
+            assert torch.nn.functional.cosine_similarity(rescaled.ravel(), masked.ravel(), dim=0) > 0.9999
+    assert MergedCheckpoint.open(out).hash != MergedCheckpoint.open(plain).hash
+
+
+def test_an_override_without_masks_is_not_rescaled(scene):
+    overrides = {"model.a.*": {"lambda": None}, "model.b.*": {"method": "emr"}}
+    manifest = MergedCheckpoint.open(
+        run(scene, rescale=True, overrides=overrides, **{"lambda": 0.6})
+    ).manifest
+    assert {tuple(factors) for factors in manifest["rescale"]["per_tensor"].values()} == {("model.c.weight",)}
+    assert manifest["rescale"]["tensors"] == ["model.b.weight"]
+
+
+def test_merges_of_the_release_before_are_read(scene):
+    out = run(scene, **{"lambda": 0.6})
+    weights = dict(MergedCheckpoint.open(out).task_weights("push"))
+    manifest = json.loads((out / "merge.json").read_text()) | {"version": 1}
+    del manifest["rescale"]["per_tensor"]
+    (out / "merge.json").write_text(json.dumps(manifest))
+    again = dict(MergedCheckpoint.open(out).task_weights("push"))
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
+
+
 def test_private_lora_stays_whole(scene):
     out = run(scene, private=["head.out.*", "model.c.*"], **{"lambda": 0.6})
     weights = dict(MergedCheckpoint.open(out).task_weights("push"))

@@ -67,7 +67,9 @@ def test_experts_of_a_cross_attention_decoder(tmp_path):
         np.testing.assert_allclose(chunk, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("entries", [{}, {"method": "emr", "lambda": None}], ids=["masks", "emr"])
+@pytest.mark.parametrize(
+    "entries", [{}, {"rescale": True}, {"method": "emr", "lambda": None}], ids=["masks", "rescaled", "emr"]
+)
 def test_a_merge_switches_to_each_tasks_weights(skills, tmp_path, entries):
     """Against the weights read from disk, bit for bit, in any order of switches."""
     folder = make_merge(skills, tmp_path / "merged", **entries)

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from vla.experts.low_rank import LowRank
 from vla.experts.merging.task_arithmetic import task_arithmetic
 from vla.experts.merging.ties import ties
-from vla.experts.task_masks import MaskRatios, masked_weights, pack, task_mask, unaligned, unpack
+from vla.experts.task_masks import (
+    MaskRatios,
+    masked_weights,
+    pack,
+    projection_scale,
+    task_mask,
+    unaligned,
+    unpack,
+)
 
 
 def test_rule_worked_by_hand():
@@ -30,6 +38,14 @@ def test_a_lone_expert_gets_its_own_weights_back():
     base, delta = torch.randn(5, 4), torch.randn(5, 4)
     mask = task_mask(delta, delta, 0.6)
     torch.testing.assert_close(masked_weights(base, delta, mask), base + delta)
+
+
+def test_projection_worked_by_hand():
+    """A merge that took half of what the task had and left something across it: γ = 25 / 12.5."""
+    delta = torch.tensor([3.0, 4.0, 0.0])
+    assert projection_scale(delta, torch.tensor([1.5, 2.0, 7.0])) == 2.0
+    assert projection_scale(delta, torch.tensor([-1.5, -2.0, 7.0])) == 1.0  # against the task: left alone
+    assert projection_scale(delta, torch.zeros(3)) == 1.0
 
 
 @given(st.lists(st.integers(0, 5), min_size=0, max_size=3), st.integers(0, 2**31))

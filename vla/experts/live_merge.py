@@ -36,9 +36,9 @@ class LiveMerge:
         self._delta = self._read(merged.folder / DELTA_FILE)
         base = TensorFile(merged.base / BASE_WEIGHTS_FILE) if self._delta else {}
         self._base = {name: base[name].to(live[name].device) for name in self._delta}
-        rescale = merged.manifest["rescale"]
-        self._rescaled = frozenset(rescale["tensors"])
-        self._gamma = [rescale["experts"].get(name, 1.0) for name in merged.experts]
+        self._scales = [
+            {name: merged.scale(expert, name) for name in self._delta} for expert in merged.experts
+        ]
         owned = {name for private in self._private for name in private}
         # What a task without a version of its own has there: the file's, which is the base's.
         self._unowned = {name: live[name].clone() for name in sorted(owned)}
@@ -58,7 +58,7 @@ class LiveMerge:
                 self.live[name].copy_(merged)
         if self._at_base or expert != self._task:
             for name, delta in self._delta.items():
-                mask, scale = self._masks[expert][name], self._scale(expert, name)
+                mask, scale = self._masks[expert][name], self._scales[expert][name]
                 masked_delta_apply(self.live[name], self._base[name], delta, mask, scale)
             for name, unowned in self._unowned.items():
                 self.live[name].copy_(self._private[expert].get(name, unowned))
@@ -79,7 +79,7 @@ class LiveMerge:
         """What the task has of its own in one tensor, float32 on the CPU, or None."""
         if tensor in self._delta:
             mask = unpack(self._masks[expert][tensor].cpu(), self._delta[tensor].shape)
-            return torch.where(mask, self._delta[tensor].float().cpu(), 0) * self._scale(expert, tensor)
+            return torch.where(mask, self._delta[tensor].float().cpu(), 0) * self._scales[expert][tensor]
         if tensor in self._private[expert]:
             return (self._private[expert][tensor].float() - self._unowned[tensor].float()).cpu()
         return None
@@ -91,9 +91,6 @@ class LiveMerge:
             held = self._base if tensor in self._base else self._unowned
             return held[tensor].float().cpu() + delta
         return self._unowned.get(tensor, self.live[tensor]).float().cpu()
-
-    def _scale(self, expert: int, tensor: str) -> float:
-        return self._gamma[expert] if tensor in self._rescaled else 1.0
 
     @cached_property
     def _outside_masks(self) -> dict[str, tuple[Tensor, Tensor]]:

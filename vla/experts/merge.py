@@ -40,12 +40,13 @@ from vla.experts.merge_plan import AVERAGE, COPY, PRIVATE, Inputs, Step, make_pl
 from vla.experts.merging.method import MergeMethod, Survey, TensorContext
 from vla.experts.merging.weighted_average import weighted_average
 from vla.experts.recipe import Recipe, load_recipe
-from vla.experts.task_masks import MaskRatios, pack, task_mask, unaligned
+from vla.experts.task_masks import MaskRatios, pack, projection_scale, task_mask, unaligned
 from vla.experts.tensor_stream import Slot, TensorWriter
 from vla.json_file import load_json
 
 MERGE_FILE = "merge.json"
-MERGE_VERSION = 1
+MERGE_VERSION = 2
+READABLE_VERSIONS = (1, MERGE_VERSION)  # 1 had no factors per tensor
 RECIPE_FILE = "recipe.yaml"
 DELTA_FILE = "delta.safetensors"
 EXPERTS_FOLDER = "experts"
@@ -148,6 +149,7 @@ class _Stream:
         count = len(inputs.experts)
         self.ratios, self.null_ratios = MaskRatios(count), MaskRatios(count)
         self.rescaled: list[str] = []
+        self.projected: dict[str, dict[str, float]] = {}
         self._norms = [[0.0, 0.0] for _ in inputs.experts]  # Σ|τ_m| and Σ|S_m τ_uni|, for own masks
 
     @property
@@ -233,6 +235,10 @@ class _Stream:
             if step.setting.method.own_masks:
                 self._norms[m][0] += float(delta.abs().sum(dtype=torch.float64))
                 self._norms[m][1] += float(merged[masks[m]].abs_().sum(dtype=torch.float64))
+            if step.setting.rescale:
+                masked = torch.where(masks[m], merged, 0)
+                of_expert = self.projected.setdefault(self.inputs.names[m], {})
+                of_expert[name] = projection_scale(delta, masked)
             packed = self.writers[f"{EXPERTS_FOLDER}/{self.inputs.names[m]}/{MASK_FILE}"]
             packed.write(name, pack(masks[m]))
         self.ratios.add(masks)
@@ -300,7 +306,7 @@ def _manifest(
         ],
         "tensors": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
         "masks": _mask_report(inputs, stream),
-        "rescale": {"experts": stream.rescale, "tensors": stream.rescaled},
+        "rescale": {"experts": stream.rescale, "tensors": stream.rescaled, "per_tensor": stream.projected},
         "outputs": dict(outputs),
     }
 

@@ -14,7 +14,14 @@ from torch import Tensor
 from vla.contract import CONTRACT_FILE
 from vla.errors import UserError, nearest
 from vla.experts.lora_expert import BASE_WEIGHTS_FILE, base_hash
-from vla.experts.merge import DELTA_FILE, EXPERTS_FOLDER, MASK_FILE, MERGE_FILE, MERGE_VERSION, PRIVATE_FILE
+from vla.experts.merge import (
+    DELTA_FILE,
+    EXPERTS_FOLDER,
+    MASK_FILE,
+    MERGE_FILE,
+    PRIVATE_FILE,
+    READABLE_VERSIONS,
+)
 from vla.experts.task_masks import masked_weights, unpack
 from vla.experts.tensor_stream import TensorFile, file_hash
 from vla.json_file import load_json
@@ -38,10 +45,10 @@ class MergedCheckpoint:
         if not (folder / MERGE_FILE).is_file():
             raise UserError(f"{folder} is not a merged checkpoint: it holds no {MERGE_FILE}.")
         manifest = load_json(folder / MERGE_FILE)
-        if manifest.get("version") != MERGE_VERSION:
+        if manifest.get("version") not in READABLE_VERSIONS:
             raise UserError(
                 f"{folder / MERGE_FILE} has version {manifest.get('version')!r}, this release reads"
-                f" {MERGE_VERSION}."
+                f" {' and '.join(map(str, READABLE_VERSIONS))}."
             )
         return cls(folder, _find_base(folder, manifest["base"], base), manifest)
 
@@ -52,8 +59,10 @@ class MergedCheckpoint:
 
     @property
     def hash(self) -> str:
-        """SHA-256 over the hashes of everything that the merge wrote, and of its base."""
+        """SHA-256 over the hashes of everything that the merge wrote, its factors per tensor and its base."""
         content = {"base": self.manifest["base"]["sha256"], "outputs": self.manifest["outputs"]}
+        if factors := self.manifest["rescale"].get("per_tensor"):
+            content["rescale"] = factors
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
         for path in sorted(self.folder.rglob(CONTRACT_FILE)):
             digest.update(path.read_bytes())
@@ -64,6 +73,13 @@ class MergedCheckpoint:
         for file, expected in self.manifest["outputs"].items():
             if not (self.folder / file).is_file() or file_hash(self.folder / file) != expected:
                 raise UserError(f"{self.folder / file} is not what the merge wrote; merge again.")
+
+    def scale(self, expert: str, tensor: str) -> float:
+        """``γ_m`` of a masked tensor: EMR's own per expert, the recipe's `rescale` per tensor too, or 1."""
+        told = self.manifest["rescale"]
+        if tensor in told["tensors"]:
+            return told["experts"][expert]
+        return told.get("per_tensor", {}).get(expert, {}).get(tensor, 1.0)  # merges of earlier releases: none
 
     def task_weights(self, expert: str) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor in which the task differs from ``model.safetensors``, in that file's dtypes.
@@ -84,11 +100,10 @@ class MergedCheckpoint:
 
     def _masked(self, expert: str, masks: TensorFile) -> Iterator[tuple[str, Tensor]]:
         base, deltas = TensorFile(self.base / BASE_WEIGHTS_FILE), TensorFile(self.folder / DELTA_FILE)
-        shapes, rescaled = json.loads(masks.metadata["shapes"]), set(self.manifest["rescale"]["tensors"])
+        shapes = json.loads(masks.metadata["shapes"])
         for name in masks:
             delta, mask = deltas[name], unpack(masks[name], shapes[name])
-            rescale = self.manifest["rescale"]["experts"][expert] if name in rescaled else 1.0
-            yield name, masked_weights(base[name], delta, mask, rescale).to(delta.dtype)
+            yield name, masked_weights(base[name], delta, mask, self.scale(expert, name)).to(delta.dtype)
 
 
 def _find_base(folder: Path, told: Mapping[str, Any], named: Path | None) -> Path:

@@ -11,6 +11,7 @@
     options: {density: 0.2}            # the method's own
     alpha: 1.0                         # Θ = Θ_0 + α τ_merge
     lambda: 0.6                        # task masks; leave out for none
+    rescale: true                      # with masks: a factor per task and tensor; see task_masks
     dtype: base                        # of the written weights: base, float32, bfloat16, float16
     seed: 0
     null_model: true                   # report the masks' ratios beside those of shuffled experts
@@ -48,7 +49,7 @@ DTYPES: dict[str, torch.dtype | None] = {
     "float16": torch.float16,
 }
 _REQUIRED = ("version", "base", "experts", "method")
-_SETTING = ("method", "options", "alpha", "lambda")
+_SETTING = ("method", "options", "alpha", "lambda", "rescale")
 _KNOWN = (*_REQUIRED, *_SETTING[1:], "dtype", "seed", "null_model", "shared", "private", "overrides")
 
 
@@ -62,11 +63,15 @@ class ExpertEntry:
 
 @dataclass(frozen=True)
 class Setting:
-    """How one tensor is merged: ``Θ_0 + α τ_merge``, masked with `lam`, by the method's own rule, or not."""
+    """How one tensor is merged: ``Θ_0 + α τ_merge``, masked with `lam`, by the method's own rule, or not.
+
+    `rescale`: whether the masked update has a factor for each task (`task_masks.projection_scale`).
+    """
 
     method: MergeMethod
     alpha: float
     lam: float | None
+    rescale: bool = False
 
     @property
     def masked(self) -> bool:
@@ -195,7 +200,11 @@ def _setting(entry: Mapping[str, Any], top: Mapping[str, Any]) -> Setting:
     if lam is not None and lam < 0:
         raise UserError(f"lambda is {lam}; it must be 0 or more.")
     alpha = _number(entry, "alpha", _number(top, "alpha", 1.0))
-    return Setting(method, alpha, None if method.own_masks else lam)
+    lam = None if method.own_masks else lam
+    rescale = _typed(entry, "rescale", bool, _typed(top, "rescale", bool, False))
+    if entry.get("rescale") and lam is None:
+        raise UserError("rescale goes with masks that a lambda gives; give one, or remove it.")
+    return Setting(method, alpha, lam, rescale and lam is not None)
 
 
 def _experts(entries: Any, folder: Path) -> tuple[ExpertEntry, ...]:

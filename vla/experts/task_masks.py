@@ -22,6 +22,18 @@ def task_mask(delta: Tensor, merged: Tensor, lam: float) -> Tensor:
     return delta.abs() > (merged - delta).abs_().mul_(lam)
 
 
+def projection_scale(delta: Tensor, masked: Tensor) -> float:
+    """``γ = ‖τ_m‖² / ⟨τ_m, S_m ⊙ α τ_merge⟩``: the part along the task's own update becomes that update.
+
+    What merging took away is given back; what the others left in the masked entries grows with it, across the
+    task's own. EMR's rescaler (arXiv 2405.17461) restores a sum of magnitudes instead, over all tensors. 1
+    where the two do not point the same way.
+    """
+    along = float(torch.sum(delta * masked, dtype=torch.float64))
+    own = float(torch.sum(delta.square(), dtype=torch.float64))
+    return own / along if along > 0 else 1.0
+
+
 def pack(mask: Tensor) -> Tensor:
     """Pack booleans of any shape into uint8, (⌈numel/8⌉,).
 
@@ -40,7 +52,7 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def masked_weights(base: Tensor, merged: Tensor, mask: Tensor, rescale: float = 1.0) -> Tensor:
-    """``Θ_0 + γ S_m ⊙ τ_merge`` in float32; ``γ = 1`` except for EMR."""
+    """``Θ_0 + γ S_m ⊙ τ_merge`` in float32; ``γ = 1`` unless EMR or the recipe's `rescale` gives one."""
     return base.float() + torch.where(mask, merged.float(), 0).mul_(rescale)
 
 
