@@ -88,12 +88,12 @@ def write_recipes(options: Options) -> list[str]:
 
 def variants(method: str, lam: float, parts: Mapping[str, Any], rescaled: bool) -> dict[str, dict[str, Any]]:
     """A method's recipes by name; one that defines its own masks has only that one."""
-    recipe = {"method": method, **parts}
-    if make_method(method).own_masks:
-        return {f"{method}{MASKED}": recipe}
-    recipes = {method: recipe, f"{method}{MASKED}": recipe | {"lambda": lam}}
-    if rescaled:
-        recipes[f"{method}{MASKED}{RESCALED}"] = recipe | {"lambda": lam, "rescale": True}
+    plain, kind = {"method": method, **parts}, make_method(method)
+    masked = plain if kind.own_masks else plain | {"lambda": lam}
+    recipes = {} if kind.own_masks else {method: plain}
+    recipes[f"{method}{MASKED}"] = masked
+    if rescaled and not kind.own_scale:
+        recipes[f"{method}{MASKED}{RESCALED}"] = masked | {"rescale": True}
     return recipes
 
 

@@ -83,7 +83,11 @@ def updates_of(scene, module):
 @pytest.mark.parametrize("name", METHODS)
 def test_streamed_equals_in_memory(scene, name):
     """The same pure functions on everything at once; TIES' global threshold by sorting the whole vector."""
-    masks = {} if name == "emr" else {"lambda": 0.6}
+    own = {
+        "emr": lambda d, merged: d * merged > 0,
+        "least_squares": lambda d, merged: task_mask(d, merged, 1.0),
+    }
+    masks = {} if name in own else {"lambda": 0.6}
     out = run(scene, method=name, alpha=0.8, seed=3, **masks)
     base, merged, delta = (
         load_file(scene / p)
@@ -104,7 +108,7 @@ def test_streamed_equals_in_memory(scene, name):
         assert torch.equal(delta[tensor], expected.to(dtype))
         for update, stored in zip(updates, packed, strict=True):
             dense = update.dense()
-            mask = dense * expected > 0 if name == "emr" else task_mask(dense, expected, 0.6)
+            mask = own.get(name, lambda d, merged: task_mask(d, merged, 0.6))(dense, expected)
             assert torch.equal(unpack(stored[tensor], SHAPES[module]), mask)
 
 
@@ -182,10 +186,10 @@ def test_task_weights(scene):
 
 
 def test_a_single_masked_expert_is_itself(scene):
-    for method in ("ties", "emr"):
+    for method in ("ties", "emr", "least_squares"):
         options = (
             {"method": method}
-            if method == "emr"
+            if method != "ties"
             else {"method": method, "lambda": 0.6, "options": {"density": 1.0}}
         )
         out = run(scene, experts=["pick"], **options)

@@ -1,5 +1,7 @@
 """Every method against its published formula on dense float64 matrices, and the identities that tie them."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from vla.errors import UserError
 from vla.experts.low_rank import LowRank
 from vla.experts.merging.dare import drop_and_rescale
 from vla.experts.merging.emr import Emr, emr
+from vla.experts.merging.least_squares import LeastSquares, least_squares
 from vla.experts.merging.magnitude import MagnitudeSurvey, magnitude_threshold
 from vla.experts.merging.method import TensorContext
 from vla.experts.merging.registry import METHODS, make_method
@@ -70,6 +73,7 @@ IDENTITIES = [
     ("wudi", {}),
     ("wudi", {"solver": "exact"}),
     ("emr", {}),
+    ("least_squares", {}),
 ]
 
 
@@ -91,7 +95,7 @@ def test_an_expert_that_left_the_tensor_alone_is_no_obstacle(name):
     assert merge(name, [absent, absent]).abs().max() == 0
     merged = merge(name, [*updates, absent])
     assert merged.shape == (12, 9) and merged.isfinite().all() and merged.abs().max() > 0
-    if name in ("task_arithmetic", "emr", "iso_c", "knots"):
+    if name in ("task_arithmetic", "emr", "iso_c", "knots", "least_squares"):
         close(merged, merge(name, updates))
     if name == "wudi":  # Adam's first steps are lr-sized whatever the gradient: rounding decides them
         close(merged, merge(name, updates), tolerance=1e-2)
@@ -243,6 +247,40 @@ def test_exact_wudi_is_the_minimum_nearest_to_the_sum():
     close(correction @ rows @ rows.T, correction, tolerance=1e-4)
     # two identical experts: the minimum is the expert itself
     close(wudi_exact([updates[0], updates[0]]), updates[0].dense(), tolerance=1e-4)
+
+
+def test_least_squares_worked_by_hand():
+    """Two that agree share their mean; of two that oppose the larger wins; one far larger is alone."""
+    a, b = torch.tensor([[2.0, 3.0, 9.0, 0.0, -4.0]]), torch.tensor([[4.0, -2.0, 1.0, -5.0, -4.0]])
+    merged = least_squares([a, b])
+    close(merged, [[3.0, 3.0, 9.0, -5.0, -4.0]])
+    assert LeastSquares().mask(a, merged).tolist() == [[True, True, True, False, True]]
+    assert LeastSquares().mask(b, merged).tolist() == [[True, False, False, True, True]]
+
+
+@given(st.lists(st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=5), min_size=1, max_size=6))
+@settings(max_examples=100, deadline=None)
+def test_least_squares_loses_no_more_than_any_choice_of_tasks(entries):
+    """Against every subset of the tasks with its mean, entry by entry."""
+    for values in entries:
+        merged = least_squares([torch.tensor([[value]]) for value in values])
+        masks = [LeastSquares().mask(torch.tensor([[value]]), merged) for value in values]
+        lost = sum(
+            (value - (merged.item() if mask else 0)) ** 2 for value, mask in zip(values, masks, strict=True)
+        )
+        for chosen in itertools.product((False, True), repeat=len(values)):
+            used = [value for value, mask in zip(values, chosen, strict=True) if mask]
+            rest = [value for value, mask in zip(values, chosen, strict=True) if not mask]
+            mean = sum(used) / max(1, len(used))
+            possible = sum((value - mean) ** 2 for value in used) + sum(value**2 for value in rest)
+            assert lost <= possible + 1e-4 * (1 + possible)
+
+
+def test_least_squares_in_parts_is_least_squares_at_once(monkeypatch):
+    updates = [update.dense() for update in random_updates(12, 9, 3)]
+    whole = least_squares(updates)
+    monkeypatch.setattr("vla.experts.merging.least_squares._ENTRIES_AT_A_TIME", 20)
+    assert torch.equal(least_squares(updates), whole)
 
 
 def test_emr_worked_by_hand():

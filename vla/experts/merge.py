@@ -150,7 +150,9 @@ class _Stream:
         self.ratios, self.null_ratios = MaskRatios(count), MaskRatios(count)
         self.rescaled: list[str] = []
         self.projected: dict[str, dict[str, float]] = {}
-        self._norms = [[0.0, 0.0] for _ in inputs.experts]  # Σ|τ_m| and Σ|S_m τ_uni|, for own masks
+        self._norms = [
+            [0.0, 0.0] for _ in inputs.experts
+        ]  # Σ|τ_m| and Σ|S_m τ_uni|, for a method's own scale
 
     @property
     def rescale(self) -> dict[str, float]:
@@ -232,7 +234,7 @@ class _Stream:
         for m, update in enumerate(updates):
             delta = update.dense()
             masks.append(_mask(step, delta, merged))
-            if step.setting.method.own_masks:
+            if step.setting.method.own_scale:
                 self._norms[m][0] += float(delta.abs().sum(dtype=torch.float64))
                 self._norms[m][1] += float(merged[masks[m]].abs_().sum(dtype=torch.float64))
             if step.setting.rescale:
@@ -242,7 +244,7 @@ class _Stream:
             packed = self.writers[f"{EXPERTS_FOLDER}/{self.inputs.names[m]}/{MASK_FILE}"]
             packed.write(name, pack(masks[m]))
         self.ratios.add(masks)
-        if step.setting.method.own_masks:
+        if step.setting.method.own_scale:
             self.rescaled.append(name)
         if self.recipe.null_model:
             del merged, masks, delta

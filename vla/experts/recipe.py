@@ -202,9 +202,11 @@ def _setting(entry: Mapping[str, Any], top: Mapping[str, Any]) -> Setting:
     alpha = _number(entry, "alpha", _number(top, "alpha", 1.0))
     lam = None if method.own_masks else lam
     rescale = _typed(entry, "rescale", bool, _typed(top, "rescale", bool, False))
-    if entry.get("rescale") and lam is None:
-        raise UserError("rescale goes with masks that a lambda gives; give one, or remove it.")
-    return Setting(method, alpha, lam, rescale and lam is not None)
+    scalable = (lam is not None or method.own_masks) and not method.own_scale
+    if entry.get("rescale") and not scalable:
+        why = "rescales in its own way" if method.own_scale else "has no masks here; give a lambda"
+        raise UserError(f"rescale has nothing to do: the method '{name}' {why}.")
+    return Setting(method, alpha, lam, rescale and scalable)
 
 
 def _experts(entries: Any, folder: Path) -> tuple[ExpertEntry, ...]:

@@ -31,6 +31,7 @@ class Emr(MergeMethod):
     """
 
     own_masks: ClassVar[bool] = True
+    own_scale: ClassVar[bool] = True
 
     def merge(self, updates: Sequence[LowRank], context: TensorContext) -> Tensor:
         """See `emr`."""

@@ -55,11 +55,13 @@ class MergeMethod:
     """Base of all methods. The fields of a subclass are the options that a recipe may set.
 
     `takes_weights`: whether experts may have weights other than 1. `own_masks`: whether the method defines
-    its task masks itself (then `mask` is used instead of the λ rule).
+    its task masks itself (then `mask` is used instead of the λ rule). `own_scale`: whether it gives each task
+    one factor for all tensors, ``γ_m = Σ|τ_m| / Σ|S_m ⊙ τ_merge|``.
     """
 
     takes_weights: ClassVar[bool] = False
     own_masks: ClassVar[bool] = False
+    own_scale: ClassVar[bool] = False
 
     def merge(self, updates: Sequence[LowRank], context: TensorContext) -> Tensor:
         """Merge M updates of one (m, n) matrix into ``τ_merge`` (m, n), float32."""

@@ -11,6 +11,7 @@ from vla.experts.merging.dare import Dare
 from vla.experts.merging.emr import Emr
 from vla.experts.merging.iso_c import IsoC
 from vla.experts.merging.knots import Knots
+from vla.experts.merging.least_squares import LeastSquares
 from vla.experts.merging.method import MergeMethod
 from vla.experts.merging.task_arithmetic import TaskArithmetic
 from vla.experts.merging.ties import Ties
@@ -28,6 +29,7 @@ METHODS: dict[str, type[MergeMethod]] = {
     "wudi": Wudi,
     "emr": Emr,
     "iso_c": IsoC,
+    "least_squares": LeastSquares,
 }
 
 
