@@ -174,6 +174,11 @@ def test_an_interrupted_step_is_resumed_and_only_that(driver, tmp_path):
         (["data"], {"SKILLS": "a=libero_goat:1"}, "Did you mean 'libero_goal'"),
         (
             ["data"],
+            {"SKILLS": "a=libero_goal:1,3 b=libero_goal:2-4"},
+            "SKILLS gives task 3 of libero_goal to a and to b",
+        ),
+        (
+            ["data"],
             {"DATA": "libero_goal=/nowhere"},
             "DATA names /nowhere for libero_goal, which is no folder",
         ),
