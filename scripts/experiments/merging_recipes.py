@@ -32,7 +32,7 @@ from vla.policy.checkpoint import load_checkpoint, resolve_checkpoint
 from vla.policy.head import head_parts
 
 NAIVE = "naive"
-MASKED, RESCALED = "+masks", "+rescaled"
+MASKED, SIGNED, RESCALED = "+masks", "+signs", "+rescaled"
 #: What `--private` may name beside the head's own private parts.
 PRIVATE_PARTS = {"film": "*film*", "routers": "*routers*", "state_projector": "model.state_projector.*"}
 
@@ -50,7 +50,7 @@ class Options:
     methods: tuple[str, ...] = tuple(METHODS)
     """Merging methods."""
     rescaled: tuple[str, ...] = ()
-    """Methods that have a recipe with rescaled masks too."""
+    """Methods that have a recipe with rescaled masks too; and with signed ones, where a method has them."""
     lam: float = 0.6
     """Threshold of the task masks."""
     private: tuple[str, ...] = ("head",)
@@ -94,6 +94,10 @@ def variants(method: str, lam: float, parts: Mapping[str, Any], rescaled: bool) 
     recipes[f"{method}{MASKED}"] = masked
     if rescaled and not kind.own_scale:
         recipes[f"{method}{MASKED}{RESCALED}"] = masked | {"rescale": True}
+        if hasattr(kind, "signs"):
+            recipes[f"{method}{MASKED}{SIGNED}{RESCALED}"] = recipes[f"{method}{MASKED}{RESCALED}"] | {
+                "options": {"signs": True}
+            }
     return recipes
 
 

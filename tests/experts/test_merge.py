@@ -231,6 +231,31 @@ def test_rescaling_restores_each_update_along_itself(scene):
     assert MergedCheckpoint.open(out).hash != MergedCheckpoint.open(plain).hash
 
 
+def test_signed_masks(scene):
+    """What the files say, entry by entry: base plus the merge, or minus it, or nothing."""
+    out = run(scene, method="least_squares", options={"signs": True}, dtype="float32")
+    base, delta = load_file(scene / "base/model.safetensors"), load_file(out / "delta.safetensors")
+    for m, name in enumerate(NAMES):
+        weights = dict(MergedCheckpoint.open(out).task_weights(name))
+        for module, shape in SHAPES.items():
+            tensor, files = (
+                f"{module}.weight",
+                [out / f"experts/{name}/{f}.safetensors" for f in ("mask", "negated")],
+            )
+            plus, minus = (unpack(load_file(file)[tensor], shape) for file in files)
+            assert not (plus & minus).any()
+            sign = plus.float() - minus.float()
+            torch.testing.assert_close(weights[tensor], base[tensor].float() + sign * delta[tensor])
+            own = updates_of(scene, module)[m].dense()
+            assert (sign * delta[tensor] * own >= 0).all(), "a task uses nothing against its own direction"
+    manifest = json.loads((out / "merge.json").read_text())
+    assert {f"experts/{name}/negated.safetensors" for name in NAMES} < set(manifest["outputs"])
+    keep = manifest["masks"]["experts"]["keep"]["pick"]
+    plus = run(scene, "plus", method="least_squares", dtype="float32")
+    assert keep > json.loads((plus / "merge.json").read_text())["masks"]["experts"]["keep"]["pick"]
+    assert not (plus / "experts/pick/negated.safetensors").exists()
+
+
 def test_an_override_without_masks_is_not_rescaled(scene):
     overrides = {"model.a.*": {"lambda": None}, "model.b.*": {"method": "emr"}}
     manifest = MergedCheckpoint.open(

@@ -19,6 +19,7 @@ from vla.experts.merging.registry import METHODS, make_method
 from vla.experts.merging.ties import ties
 from vla.experts.merging.weighted_average import weighted_average
 from vla.experts.merging.wudi import Interference, wudi, wudi_exact
+from vla.experts.task_masks import signed_update
 
 SHAPES = [(12, 9, 3), (8, 14, 2), (5, 6, 7)]  # m, n, rank: tall, wide, more rank than the matrix has room for
 
@@ -74,6 +75,7 @@ IDENTITIES = [
     ("wudi", {"solver": "exact"}),
     ("emr", {}),
     ("least_squares", {}),
+    ("least_squares", {"signs": True}),
 ]
 
 
@@ -274,6 +276,35 @@ def test_least_squares_loses_no_more_than_any_choice_of_tasks(entries):
             mean = sum(used) / max(1, len(used))
             possible = sum((value - mean) ** 2 for value in used) + sum(value**2 for value in rest)
             assert lost <= possible + 1e-4 * (1 + possible)
+
+
+def test_signed_least_squares_worked_by_hand():
+    """Opposite pulls share their size; the merge has the sign of the sum, and zero pulls none."""
+    a, b = (
+        LowRank(torch.tensor([[2.0, 3.0, 9.0]]), torch.eye(3)),
+        LowRank(torch.tensor([[-4.0, -2.0, 0.0]]), torch.eye(3)),
+    )
+    merged, method = merge("least_squares", [a, b], signs=True), LeastSquares(signs=True)
+    close(merged, [[-3.0, 2.5, 9.0]])
+    assert method.mask(a.dense(), merged).tolist() == [[False, True, True]]
+    assert method.negated(a.dense(), merged).tolist() == [[True, False, False]]
+    assert method.mask(b.dense(), merged).tolist() == [[True, False, False]]
+    assert method.negated(b.dense(), merged).tolist() == [[False, True, False]]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_signs_lose_less(shape):
+    """What masks with and without signs leave of all updates, in squares over all entries."""
+    updates = random_updates(*shape, experts=4)
+    lost = {}
+    for signs in (False, True):
+        method, merged = LeastSquares(signs=signs), merge("least_squares", updates, signs=signs)
+        lost[signs] = 0.0
+        for delta in (update.dense() for update in updates):
+            negated = method.negated(delta, merged) if signs else None
+            lost[signs] += (delta - signed_update(merged, method.mask(delta, merged), negated)).square().sum()
+    total = sum(update.dense().square().sum() for update in updates)
+    assert 0 < lost[True] < 0.7 * lost[False] < 0.7 * total
 
 
 def test_least_squares_in_parts_is_least_squares_at_once(monkeypatch):

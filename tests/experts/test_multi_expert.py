@@ -68,7 +68,14 @@ def test_experts_of_a_cross_attention_decoder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "entries", [{}, {"rescale": True}, {"method": "emr", "lambda": None}], ids=["masks", "rescaled", "emr"]
+    "entries",
+    [
+        {},
+        {"rescale": True},
+        {"method": "emr", "lambda": None},
+        {"method": "least_squares", "lambda": None, "options": {"signs": True}, "rescale": True},
+    ],
+    ids=["masks", "rescaled", "emr", "signs"],
 )
 def test_a_merge_switches_to_each_tasks_weights(skills, tmp_path, entries):
     """Against the weights read from disk, bit for bit, in any order of switches."""

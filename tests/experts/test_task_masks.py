@@ -10,9 +10,9 @@ from vla.experts.merging.task_arithmetic import task_arithmetic
 from vla.experts.merging.ties import ties
 from vla.experts.task_masks import (
     MaskRatios,
-    masked_weights,
     pack,
     projection_scale,
+    signed_update,
     task_mask,
     unaligned,
     unpack,
@@ -37,7 +37,7 @@ def test_lambda_zero_keeps_every_nonzero(values, data):
 def test_a_lone_expert_gets_its_own_weights_back():
     base, delta = torch.randn(5, 4), torch.randn(5, 4)
     mask = task_mask(delta, delta, 0.6)
-    torch.testing.assert_close(masked_weights(base, delta, mask), base + delta)
+    torch.testing.assert_close(base + signed_update(delta, mask), base + delta)
 
 
 def test_projection_worked_by_hand():

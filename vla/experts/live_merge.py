@@ -15,9 +15,9 @@ from torch import Tensor
 
 from vla.errors import UserError
 from vla.experts.lora_expert import BASE_WEIGHTS_FILE, base_hash
-from vla.experts.merge import DELTA_FILE, EXPERTS_FOLDER, MASK_FILE, PRIVATE_FILE
+from vla.experts.merge import DELTA_FILE, EXPERTS_FOLDER, MASK_FILE, NEGATED_FILE, PRIVATE_FILE
 from vla.experts.merged import MergedCheckpoint
-from vla.experts.task_masks import unpack
+from vla.experts.task_masks import signed_update, unpack
 from vla.experts.tensor_stream import TensorFile
 from vla.kernels.masked_delta_apply import masked_delta_apply
 
@@ -32,6 +32,7 @@ class LiveMerge:
         self.merged, self.live = merged, live
         places = [merged.folder / EXPERTS_FOLDER / name for name in merged.experts]
         self._masks = [self._read(place / MASK_FILE) for place in places]
+        self._negated = [self._read(place / NEGATED_FILE) for place in places]
         self._private = [self._read(place / PRIVATE_FILE) for place in places]
         self._delta = self._read(merged.folder / DELTA_FILE)
         base = TensorFile(merged.base / BASE_WEIGHTS_FILE) if self._delta else {}
@@ -59,7 +60,9 @@ class LiveMerge:
         if self._at_base or expert != self._task:
             for name, delta in self._delta.items():
                 mask, scale = self._masks[expert][name], self._scales[expert][name]
-                masked_delta_apply(self.live[name], self._base[name], delta, mask, scale)
+                live = masked_delta_apply(self.live[name], self._base[name], delta, mask, scale)
+                if name in self._negated[expert]:  # entries that `mask` has left at the base's value
+                    masked_delta_apply(live, live, delta, self._negated[expert][name], -scale)
             for name, unowned in self._unowned.items():
                 self.live[name].copy_(self._private[expert].get(name, unowned))
         self._task, self._at_base = expert, False
@@ -78,8 +81,10 @@ class LiveMerge:
     def task_vector(self, expert: int, tensor: str) -> Tensor | None:
         """What the task has of its own in one tensor, float32 on the CPU, or None."""
         if tensor in self._delta:
-            mask = unpack(self._masks[expert][tensor].cpu(), self._delta[tensor].shape)
-            return torch.where(mask, self._delta[tensor].float().cpu(), 0) * self._scales[expert][tensor]
+            delta = self._delta[tensor].cpu()
+            packed = [masks[expert].get(tensor) for masks in (self._masks, self._negated)]
+            unpacked = [None if bits is None else unpack(bits.cpu(), delta.shape) for bits in packed]
+            return signed_update(delta, *unpacked) * self._scales[expert][tensor]
         if tensor in self._private[expert]:
             return (self._private[expert][tensor].float() - self._unowned[tensor].float()).cpu()
         return None

@@ -5,7 +5,8 @@ The folder that it writes::
     model.safetensors                 Θ_0 + α τ_merge, shared parameters averaged: loads like any checkpoint
     config.json, contract.json, ...   the base's, unchanged
     delta.safetensors                 α τ_merge of the masked tensors (only with task masks)
-    experts/NAME/mask.safetensors     S_m, one bit per weight
+    experts/NAME/mask.safetensors     S_m, one bit per weight: where the task uses α τ_merge
+    experts/NAME/negated.safetensors  one bit per weight: where it uses -α τ_merge (only of signed methods)
     experts/NAME/private.safetensors  what expert NAME keeps for itself, in place of the merged tensors
     experts/NAME/expert.json          its card; contract.json, if there is one, its normalisation statistics
     recipe.yaml, merge.json           what was merged, hashes of inputs and outputs, mask ratios
@@ -40,7 +41,7 @@ from vla.experts.merge_plan import AVERAGE, COPY, PRIVATE, Inputs, Step, make_pl
 from vla.experts.merging.method import MergeMethod, Survey, TensorContext
 from vla.experts.merging.weighted_average import weighted_average
 from vla.experts.recipe import Recipe, load_recipe
-from vla.experts.task_masks import MaskRatios, pack, projection_scale, task_mask, unaligned
+from vla.experts.task_masks import MaskRatios, pack, projection_scale, signed_update, unaligned
 from vla.experts.tensor_stream import Slot, TensorWriter
 from vla.json_file import load_json
 
@@ -51,6 +52,7 @@ RECIPE_FILE = "recipe.yaml"
 DELTA_FILE = "delta.safetensors"
 EXPERTS_FOLDER = "experts"
 MASK_FILE = "mask.safetensors"
+NEGATED_FILE = "negated.safetensors"
 PRIVATE_FILE = "private.safetensors"
 _BASE_MANIFEST = "manifest.json"
 
@@ -170,7 +172,7 @@ class _Stream:
             self.writers: dict[str, TensorWriter] = {}
             for path, layout in self._layouts().items():
                 shapes = {}
-                if path.endswith(MASK_FILE):
+                if path.endswith((MASK_FILE, NEGATED_FILE)):
                     shapes = {"shapes": json.dumps({name: self.plan[name].shape for name in layout})}
                 self.writers[path] = TensorWriter(staging / path, layout, shapes)
                 stack.callback(self.writers[path].abandon)
@@ -186,9 +188,13 @@ class _Stream:
         masked = [name for name, step in self.plan.items() if step.masked]
         layouts[DELTA_FILE] = {name: layouts[BASE_WEIGHTS_FILE][name] for name in masked}
         for expert in self.inputs.names:
-            layouts[f"{EXPERTS_FOLDER}/{expert}/{MASK_FILE}"] = {
+            bits = {
                 name: Slot(torch.uint8, ((torch.Size(self.plan[name].shape).numel() + 7) // 8,))
                 for name in masked
+            }
+            layouts[f"{EXPERTS_FOLDER}/{expert}/{MASK_FILE}"] = bits
+            layouts[f"{EXPERTS_FOLDER}/{expert}/{NEGATED_FILE}"] = {
+                name: slot for name, slot in bits.items() if self.plan[name].setting.method.signed
             }
             layouts[f"{EXPERTS_FOLDER}/{expert}/{PRIVATE_FILE}"] = {
                 name: Slot(step.dtype, step.shape)
@@ -230,25 +236,29 @@ class _Stream:
         if not step.masked:
             return
         self.writers[DELTA_FILE].write(name, merged.to(step.dtype))
-        masks = []
-        for m, update in enumerate(updates):
-            delta = update.dense()
-            masks.append(_mask(step, delta, merged))
-            if step.setting.method.own_scale:
-                self._norms[m][0] += float(delta.abs().sum(dtype=torch.float64))
-                self._norms[m][1] += float(merged[masks[m]].abs_().sum(dtype=torch.float64))
-            if step.setting.rescale:
-                masked = torch.where(masks[m], merged, 0)
-                of_expert = self.projected.setdefault(self.inputs.names[m], {})
-                of_expert[name] = projection_scale(delta, masked)
-            packed = self.writers[f"{EXPERTS_FOLDER}/{self.inputs.names[m]}/{MASK_FILE}"]
-            packed.write(name, pack(masks[m]))
-        self.ratios.add(masks)
+        used = [self._write_masks(name, step, m, update.dense(), merged) for m, update in enumerate(updates)]
+        self.ratios.add(used)
         if step.setting.method.own_scale:
             self.rescaled.append(name)
         if self.recipe.null_model:
-            del merged, masks, delta
+            del merged, used
             self._count_null_model(step, updates, context)
+
+    def _write_masks(self, name: str, step: Step, m: int, delta: Tensor, merged: Tensor) -> Tensor:
+        """Write one expert's masks and note its factors; return which entries it uses, with either sign."""
+        expert = self.inputs.names[m]
+        mask, negated = step.setting.task_signs(delta, merged)
+        if step.setting.method.own_scale:
+            self._norms[m][0] += float(delta.abs().sum(dtype=torch.float64))
+            self._norms[m][1] += float(merged[mask].abs_().sum(dtype=torch.float64))
+        if step.setting.rescale:
+            scale = projection_scale(delta, signed_update(merged, mask, negated))
+            self.projected.setdefault(expert, {})[name] = scale
+        self.writers[f"{EXPERTS_FOLDER}/{expert}/{MASK_FILE}"].write(name, pack(mask))
+        if negated is None:
+            return mask
+        self.writers[f"{EXPERTS_FOLDER}/{expert}/{NEGATED_FILE}"].write(name, pack(negated))
+        return mask | negated
 
     def _count_null_model(self, step: Step, updates: Sequence[LowRank], context: TensorContext) -> None:
         shuffled = [
@@ -256,7 +266,8 @@ class _Stream:
             for update, expert in zip(updates, context.experts, strict=True)
         ]
         merged = _merged(step, shuffled, context)
-        self.null_ratios.add([_mask(step, update.dense(), merged) for update in shuffled])
+        signs = (step.setting.task_signs(update.dense(), merged) for update in shuffled)
+        self.null_ratios.add([mask if negated is None else mask | negated for mask, negated in signs])
 
 
 def _merged(step: Step, updates: Sequence[LowRank], context: TensorContext) -> Tensor:
@@ -265,12 +276,6 @@ def _merged(step: Step, updates: Sequence[LowRank], context: TensorContext) -> T
     if not merged.isfinite().all():
         raise UserError(f"Merging '{context.tensor}' gave values that are not finite; lower its alpha.")
     return merged
-
-
-def _mask(step: Step, delta: Tensor, merged: Tensor) -> Tensor:
-    if step.setting.method.own_masks:
-        return step.setting.method.mask(delta, merged)
-    return task_mask(delta, merged, step.setting.lam)
 
 
 def _require_free(out: Path, recipe: Recipe) -> None:

@@ -19,10 +19,11 @@ from vla.experts.merge import (
     EXPERTS_FOLDER,
     MASK_FILE,
     MERGE_FILE,
+    NEGATED_FILE,
     PRIVATE_FILE,
     READABLE_VERSIONS,
 )
-from vla.experts.task_masks import masked_weights, unpack
+from vla.experts.task_masks import signed_update, unpack
 from vla.experts.tensor_stream import TensorFile, file_hash
 from vla.json_file import load_json
 
@@ -94,16 +95,20 @@ class MergedCheckpoint:
             )
         own = self.folder / EXPERTS_FOLDER / expert
         if (own / MASK_FILE).exists():
-            yield from self._masked(expert, TensorFile(own / MASK_FILE))
+            yield from self._masked(expert, own)
         if (own / PRIVATE_FILE).exists():
             yield from TensorFile(own / PRIVATE_FILE).items()
 
-    def _masked(self, expert: str, masks: TensorFile) -> Iterator[tuple[str, Tensor]]:
+    def _masked(self, expert: str, own: Path) -> Iterator[tuple[str, Tensor]]:
         base, deltas = TensorFile(self.base / BASE_WEIGHTS_FILE), TensorFile(self.folder / DELTA_FILE)
+        masks = TensorFile(own / MASK_FILE)
+        turned = TensorFile(own / NEGATED_FILE) if (own / NEGATED_FILE).exists() else {}
         shapes = json.loads(masks.metadata["shapes"])
         for name in masks:
-            delta, mask = deltas[name], unpack(masks[name], shapes[name])
-            yield name, masked_weights(base[name], delta, mask, self.scale(expert, name)).to(delta.dtype)
+            negated = unpack(turned[name], shapes[name]) if name in turned else None
+            update = signed_update(deltas[name], unpack(masks[name], shapes[name]), negated)
+            weights = base[name].float() + update.mul_(self.scale(expert, name))
+            yield name, weights.to(deltas[name].dtype)
 
 
 def _find_base(folder: Path, told: Mapping[str, Any], named: Path | None) -> Path:

@@ -36,10 +36,12 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from vla.errors import UserError, nearest
 from vla.experts.merging.method import MergeMethod
 from vla.experts.merging.registry import make_method
+from vla.experts.task_masks import task_mask
 
 RECIPE_VERSION = 1
 DTYPES: dict[str, torch.dtype | None] = {
@@ -77,6 +79,17 @@ class Setting:
     def masked(self) -> bool:
         """Whether tasks have masks on this tensor."""
         return self.lam is not None or self.method.own_masks
+
+    def task_signs(self, delta: Tensor, merged: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The entries of `merged` that a task uses as they are, and those that it uses with the sign turned.
+
+        Booleans of the shape of both; the second is None unless the method is signed.
+        """
+        if not self.method.own_masks:
+            return task_mask(delta, merged, self.lam), None
+        return self.method.mask(delta, merged), self.method.negated(
+            delta, merged
+        ) if self.method.signed else None
 
 
 @dataclass(frozen=True)

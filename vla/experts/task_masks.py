@@ -1,8 +1,9 @@
 """Task masks: which merged weights a task uses (TALL-masks, arXiv 2405.07813; MergeVLA section 3).
 
 ``S_m = 1[|τ_m| > λ |τ_merge − τ_m|]``, entry by entry and strict, so that λ = 0 keeps every non-zero of
-``τ_m``. The task's weights are ``Θ_0 + S_m ⊙ τ_merge``. There is no test of the sign: an entry may be kept
-although the merge points against the task. Masks are stored one bit per weight.
+``τ_m``. The task's weights are ``Θ_0 + γ_m S_m ⊙ τ_merge``, with ``γ_m = 1`` unless EMR or a recipe's
+`rescale` gives one. There is no test of the sign: an entry may be kept although the merge points against the
+task. Masks are stored one bit per weight.
 """
 
 from __future__ import annotations
@@ -20,6 +21,13 @@ from vla.experts.low_rank import LowRank
 def task_mask(delta: Tensor, merged: Tensor, lam: float) -> Tensor:
     """``S_m = 1[|τ_m| > λ |τ_merge − τ_m|]``: booleans of the shape of `delta`."""
     return delta.abs() > (merged - delta).abs_().mul_(lam)
+
+
+def signed_update(merged: Tensor, mask: Tensor, negated: Tensor | None = None) -> Tensor:
+    """``S_m ⊙ τ_merge`` in float32, with ``S_m`` 1 at `mask`, -1 at `negated` (if there is one), else 0."""
+    merged = merged.float()
+    used = torch.where(mask, merged, 0)
+    return used if negated is None else torch.where(negated, -merged, used)
 
 
 def projection_scale(delta: Tensor, masked: Tensor) -> float:
@@ -49,11 +57,6 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
         raise ValueError(f"{packed.dtype} {tuple(packed.shape)} does not hold a mask of shape {tuple(shape)}")
     bits = np.unpackbits(packed.cpu().numpy(), count=count, bitorder="little")
     return torch.from_numpy(bits.view(np.bool_)).view(tuple(shape))
-
-
-def masked_weights(base: Tensor, merged: Tensor, mask: Tensor, rescale: float = 1.0) -> Tensor:
-    """``Θ_0 + γ S_m ⊙ τ_merge`` in float32; ``γ = 1`` unless EMR or the recipe's `rescale` gives one."""
-    return base.float() + torch.where(mask, merged.float(), 0).mul_(rescale)
 
 
 def unaligned(update: LowRank, generator: torch.Generator) -> LowRank:

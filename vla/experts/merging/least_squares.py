@@ -7,6 +7,9 @@ one minimises what is lost with the masks in place,
 
 which falls into one small problem per entry and is solved exactly. Not from a paper: for a given ``τ_merge``
 its masks are TALL-masks' (arXiv 2405.07813) at λ = 1; the equation for ``τ_merge`` is what is added.
+
+With ``signs: true`` the masks are in {-1, 0, 1}, two bits per weight and task: experts that pull an entry in
+opposite directions, of whom otherwise one gets nothing, share its size.
 """
 
 from __future__ import annotations
@@ -57,11 +60,25 @@ class LeastSquares(MergeMethod):
     """See the module's equation. One expert is the identity; for use with its masks."""
 
     own_masks: ClassVar[bool] = True
+    signs: bool = False
+
+    @property
+    def signed(self) -> bool:
+        """As `signs` says."""
+        return self.signs
 
     def merge(self, updates: Sequence[LowRank], context: TensorContext) -> Tensor:
-        """See `least_squares`."""
-        return least_squares([update.dense() for update in updates])
+        """See `least_squares`; with `signs` of the magnitudes, the sign being that of the updates' sum."""
+        deltas = [update.dense() for update in updates]
+        if not self.signs:
+            return least_squares(deltas)
+        sign = torch.where(sum(deltas) < 0, -1.0, 1.0)
+        return least_squares([delta.abs_() for delta in deltas]).mul_(sign)
 
     def mask(self, delta: Tensor, merged: Tensor) -> Tensor:
         """``S_m = 1[(τ_m − τ_merge)² < τ_m²]``, which is the λ rule at λ = 1."""
         return task_mask(delta, merged, 1.0)
+
+    def negated(self, delta: Tensor, merged: Tensor) -> Tensor:
+        """``1[(τ_m + τ_merge)² < τ_m²]``; never where `mask` is."""
+        return task_mask(delta, -merged, 1.0)

@@ -71,8 +71,17 @@ class MergeMethod:
         """Begin to gather global terms, or None if the method needs none."""
         return None
 
+    @property
+    def signed(self) -> bool:
+        """Whether a task may use entries with their sign turned, by a second mask (`negated`)."""
+        return False
+
     def mask(self, delta: Tensor, merged: Tensor) -> Tensor:
         """The method's own task mask, booleans of the shape of `delta`; only with `own_masks`."""
+        raise NotImplementedError
+
+    def negated(self, delta: Tensor, merged: Tensor) -> Tensor:
+        """Where the task uses the entry with its sign turned, apart from `mask`; only if `signed`."""
         raise NotImplementedError
 
 
