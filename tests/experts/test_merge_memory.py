@@ -59,6 +59,9 @@ def model(tmp_path_factory):
         pytest.param({"method": "wudi", "lambda": 0.6, "options": {"steps": 5}}, marks=pytest.mark.slow),
         pytest.param({"method": "iso_c", "lambda": 0.6}, marks=pytest.mark.slow),
         pytest.param({"method": "emr"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"method": "least_squares", "options": {"signs": True}, "rescale": True}, marks=pytest.mark.slow
+        ),
     ],
     ids=lambda entries: entries["method"],
 )
