@@ -1,6 +1,7 @@
 """The recipes of `scripts/experiment_merging`: every method with and without task masks, and the naive one.
 
-    merging_recipes.py FOLDER --base RUN --experts RUN... [--methods ties ...] [--rescaled ties] [--lam 0.6]
+    merging_recipes.py FOLDER --base RUN --experts RUN... [--methods ties ...] [--rescaled ties ...]
+        [--lam 0.6] [--private head]
 
 `naive.yaml` averages everything that the experts changed, heads included: one network for all tasks. All
 other recipes keep, as MergeVLA does, a private part of each head (what `vla.policy.head.head_parts` says of
@@ -95,9 +96,8 @@ def variants(method: str, lam: float, parts: Mapping[str, Any], rescaled: bool) 
     if rescaled and not kind.own_scale:
         recipes[f"{method}{MASKED}{RESCALED}"] = masked | {"rescale": True}
         if hasattr(kind, "signs"):
-            recipes[f"{method}{MASKED}{SIGNED}{RESCALED}"] = recipes[f"{method}{MASKED}{RESCALED}"] | {
-                "options": {"signs": True}
-            }
+            signs = {"rescale": True, "options": {"signs": True}}
+            recipes[f"{method}{MASKED}{SIGNED}{RESCALED}"] = masked | signs
     return recipes
 
 

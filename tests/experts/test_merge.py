@@ -238,10 +238,8 @@ def test_signed_masks(scene):
     for m, name in enumerate(NAMES):
         weights = dict(MergedCheckpoint.open(out).task_weights(name))
         for module, shape in SHAPES.items():
-            tensor, files = (
-                f"{module}.weight",
-                [out / f"experts/{name}/{f}.safetensors" for f in ("mask", "negated")],
-            )
+            tensor = f"{module}.weight"
+            files = [out / f"experts/{name}/{file}.safetensors" for file in ("mask", "negated")]
             plus, minus = (unpack(load_file(file)[tensor], shape) for file in files)
             assert not (plus & minus).any()
             sign = plus.float() - minus.float()

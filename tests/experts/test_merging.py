@@ -280,10 +280,7 @@ def test_least_squares_loses_no_more_than_any_choice_of_tasks(entries):
 
 def test_signed_least_squares_worked_by_hand():
     """Opposite pulls share their size; the merge has the sign of the sum, and zero pulls none."""
-    a, b = (
-        LowRank(torch.tensor([[2.0, 3.0, 9.0]]), torch.eye(3)),
-        LowRank(torch.tensor([[-4.0, -2.0, 0.0]]), torch.eye(3)),
-    )
+    a, b = (LowRank(torch.tensor([row]), torch.eye(3)) for row in ([2.0, 3.0, 9.0], [-4.0, -2.0, 0.0]))
     merged, method = merge("least_squares", [a, b], signs=True), LeastSquares(signs=True)
     close(merged, [[-3.0, 2.5, 9.0]])
     assert method.mask(a.dense(), merged).tolist() == [[False, True, True]]

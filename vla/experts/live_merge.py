@@ -1,6 +1,6 @@
 """The live weights of a merge, switched from task to task by their masks.
 
-``Θ_0``, ``α τ_merge`` and one bit per weight and task stay in memory, so that a switch reads nothing from
+``Θ_0``, ``α τ_merge`` and the packed masks of every task stay in memory, so that a switch reads nothing from
 disk. It writes into the live buffers: a captured graph goes on reading them.
 """
 

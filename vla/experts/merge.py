@@ -9,7 +9,7 @@ The folder that it writes::
     experts/NAME/negated.safetensors  one bit per weight: where it uses -α τ_merge (only of signed methods)
     experts/NAME/private.safetensors  what expert NAME keeps for itself, in place of the merged tensors
     experts/NAME/expert.json          its card; contract.json, if there is one, its normalisation statistics
-    recipe.yaml, merge.json           what was merged, hashes of inputs and outputs, mask ratios
+    recipe.yaml, merge.json           what was merged, hashes of inputs and outputs, mask ratios, factors
 
 `vla.experts.merged.MergedCheckpoint` gives the weights of one task. Memory: one tensor of every expert at
 a time. Tensor order, accumulation order and random numbers are fixed, so the same inputs give the same bits.
@@ -41,13 +41,13 @@ from vla.experts.merge_plan import AVERAGE, COPY, PRIVATE, Inputs, Step, make_pl
 from vla.experts.merging.method import MergeMethod, Survey, TensorContext
 from vla.experts.merging.weighted_average import weighted_average
 from vla.experts.recipe import Recipe, load_recipe
-from vla.experts.task_masks import MaskRatios, pack, projection_scale, signed_update, unaligned
+from vla.experts.task_masks import MaskRatios, pack, projection_scale, signed_update, unaligned, used_entries
 from vla.experts.tensor_stream import Slot, TensorWriter
 from vla.json_file import load_json
 
 MERGE_FILE = "merge.json"
 MERGE_VERSION = 2
-READABLE_VERSIONS = (1, MERGE_VERSION)  # 1 had no factors per tensor
+READABLE_VERSIONS = (1, MERGE_VERSION)  # 1 had no factors per tensor and no negated masks
 RECIPE_FILE = "recipe.yaml"
 DELTA_FILE = "delta.safetensors"
 EXPERTS_FOLDER = "experts"
@@ -152,9 +152,8 @@ class _Stream:
         self.ratios, self.null_ratios = MaskRatios(count), MaskRatios(count)
         self.rescaled: list[str] = []
         self.projected: dict[str, dict[str, float]] = {}
-        self._norms = [
-            [0.0, 0.0] for _ in inputs.experts
-        ]  # Σ|τ_m| and Σ|S_m τ_uni|, for a method's own scale
+        # Σ|τ_m| and Σ|S_m τ_merge| of every expert, for a method's own scale.
+        self._norms = [[0.0, 0.0] for _ in inputs.experts]
 
     @property
     def rescale(self) -> dict[str, float]:
@@ -255,10 +254,9 @@ class _Stream:
             scale = projection_scale(delta, signed_update(merged, mask, negated))
             self.projected.setdefault(expert, {})[name] = scale
         self.writers[f"{EXPERTS_FOLDER}/{expert}/{MASK_FILE}"].write(name, pack(mask))
-        if negated is None:
-            return mask
-        self.writers[f"{EXPERTS_FOLDER}/{expert}/{NEGATED_FILE}"].write(name, pack(negated))
-        return mask | negated
+        if negated is not None:
+            self.writers[f"{EXPERTS_FOLDER}/{expert}/{NEGATED_FILE}"].write(name, pack(negated))
+        return used_entries(mask, negated)
 
     def _count_null_model(self, step: Step, updates: Sequence[LowRank], context: TensorContext) -> None:
         shuffled = [
@@ -266,8 +264,9 @@ class _Stream:
             for update, expert in zip(updates, context.experts, strict=True)
         ]
         merged = _merged(step, shuffled, context)
-        signs = (step.setting.task_signs(update.dense(), merged) for update in shuffled)
-        self.null_ratios.add([mask if negated is None else mask | negated for mask, negated in signs])
+        self.null_ratios.add(
+            [used_entries(*step.setting.task_signs(update.dense(), merged)) for update in shuffled]
+        )
 
 
 def _merged(step: Step, updates: Sequence[LowRank], context: TensorContext) -> Tensor:

@@ -105,10 +105,10 @@ class MergedCheckpoint:
         turned = TensorFile(own / NEGATED_FILE) if (own / NEGATED_FILE).exists() else {}
         shapes = json.loads(masks.metadata["shapes"])
         for name in masks:
+            delta, mask = deltas[name], unpack(masks[name], shapes[name])
             negated = unpack(turned[name], shapes[name]) if name in turned else None
-            update = signed_update(deltas[name], unpack(masks[name], shapes[name]), negated)
-            weights = base[name].float() + update.mul_(self.scale(expert, name))
-            yield name, weights.to(deltas[name].dtype)
+            update = signed_update(delta, mask, negated).mul_(self.scale(expert, name))
+            yield name, (base[name].float() + update).to(delta.dtype)
 
 
 def _find_base(folder: Path, told: Mapping[str, Any], named: Path | None) -> Path:

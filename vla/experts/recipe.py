@@ -87,9 +87,8 @@ class Setting:
         """
         if not self.method.own_masks:
             return task_mask(delta, merged, self.lam), None
-        return self.method.mask(delta, merged), self.method.negated(
-            delta, merged
-        ) if self.method.signed else None
+        negated = self.method.negated(delta, merged) if self.method.signed else None
+        return self.method.mask(delta, merged), negated
 
 
 @dataclass(frozen=True)

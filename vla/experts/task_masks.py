@@ -3,7 +3,7 @@
 ``S_m = 1[|τ_m| > λ |τ_merge − τ_m|]``, entry by entry and strict, so that λ = 0 keeps every non-zero of
 ``τ_m``. The task's weights are ``Θ_0 + γ_m S_m ⊙ τ_merge``, with ``γ_m = 1`` unless EMR or a recipe's
 `rescale` gives one. There is no test of the sign: an entry may be kept although the merge points against the
-task. Masks are stored one bit per weight.
+task. Masks are stored one bit per weight, those with signs as two.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ def signed_update(merged: Tensor, mask: Tensor, negated: Tensor | None = None) -
     merged = merged.float()
     used = torch.where(mask, merged, 0)
     return used if negated is None else torch.where(negated, -merged, used)
+
+
+def used_entries(mask: Tensor, negated: Tensor | None) -> Tensor:
+    """Where a task uses the merge, with either sign."""
+    return mask if negated is None else mask | negated
 
 
 def projection_scale(delta: Tensor, masked: Tensor) -> float:
