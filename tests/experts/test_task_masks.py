@@ -12,6 +12,7 @@ from vla.experts.task_masks import (
     MaskRatios,
     pack,
     projection_scale,
+    scale_factor,
     signed_update,
     task_mask,
     unaligned,
@@ -46,6 +47,13 @@ def test_projection_worked_by_hand():
     assert projection_scale(delta, torch.tensor([1.5, 2.0, 7.0])) == 2.0
     assert projection_scale(delta, torch.tensor([-1.5, -2.0, 7.0])) == 1.0  # against the task: left alone
     assert projection_scale(delta, torch.zeros(3)) == 1.0
+
+
+def test_factors_do_not_tell_how_many_threads_summed():
+    """Last bits of a float64 sum depend on that; what is recorded must not."""
+    delta = torch.tensor([1.0, 1.0])
+    third = projection_scale(delta, torch.tensor([3.0, 3.0]))
+    assert third == scale_factor(1.0, 3.0) == scale_factor(1.0, 3.0 * (1 + 1e-15)) == pytest.approx(1 / 3)
 
 
 @given(st.lists(st.integers(0, 5), min_size=0, max_size=3), st.integers(0, 2**31))

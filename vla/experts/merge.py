@@ -41,7 +41,15 @@ from vla.experts.merge_plan import AVERAGE, COPY, PRIVATE, Inputs, Step, make_pl
 from vla.experts.merging.method import MergeMethod, Survey, TensorContext
 from vla.experts.merging.weighted_average import weighted_average
 from vla.experts.recipe import Recipe, load_recipe
-from vla.experts.task_masks import MaskRatios, pack, projection_scale, signed_update, unaligned, used_entries
+from vla.experts.task_masks import (
+    MaskRatios,
+    pack,
+    projection_scale,
+    scale_factor,
+    signed_update,
+    unaligned,
+    used_entries,
+)
 from vla.experts.tensor_stream import Slot, TensorWriter
 from vla.json_file import load_json
 
@@ -161,7 +169,7 @@ class _Stream:
         if not self.rescaled:
             return {}
         return {
-            name: own / used if used else 1.0
+            name: scale_factor(own, used)
             for name, (own, used) in zip(self.inputs.names, self._norms, strict=True)
         }
 

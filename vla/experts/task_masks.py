@@ -44,7 +44,15 @@ def projection_scale(delta: Tensor, masked: Tensor) -> float:
     """
     along = float(torch.sum(delta * masked, dtype=torch.float64))
     own = float(torch.sum(delta.square(), dtype=torch.float64))
-    return own / along if along > 0 else 1.0
+    return scale_factor(own, along)
+
+
+def scale_factor(own: float, used: float) -> float:
+    """``own / used`` in float32, in which it is applied, or 1 where nothing is used.
+
+    Sums of many entries differ in their last bits with the number of threads; the rounded factor all but never.
+    """
+    return float(np.float32(own / used)) if used > 0 else 1.0
 
 
 def pack(mask: Tensor) -> Tensor:
