@@ -50,7 +50,7 @@ def projection_scale(delta: Tensor, masked: Tensor) -> float:
 def scale_factor(own: float, used: float) -> float:
     """``own / used`` in float32, in which it is applied, or 1 where nothing is used.
 
-    Sums of many entries differ in their last bits with the number of threads; the rounded factor all but never.
+    Sums of many entries differ in their last bits with the number of threads; the rounded factor hardly ever.
     """
     return float(np.float32(own / used)) if used > 0 else 1.0
 
