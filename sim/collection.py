@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vla import __version__
 from vla.atomic import write_text
 from vla.errors import UserError
+from vla.json_file import load_json
 from vla.selection import parse_indices
 from vla.sim.collection_workers import AttemptSchedule, WorkerPool, WorkOrder
 from vla.sim.contact_sheet import CONTACT_SHEET, draw_contact_sheet
@@ -131,10 +132,8 @@ def _is_complete(config: CollectConfig, tasks: Sequence[int]) -> bool:
 
 
 def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); start again with --overwrite.") from None
+    absent = f"{path} does not exist; start again with --overwrite."
+    return load_json(path, absent=absent, remedy="start again with --overwrite")
 
 
 def _require_same_plan(plan: Mapping, config: CollectConfig, where: Path) -> None:

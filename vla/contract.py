@@ -20,6 +20,7 @@ from typing import Any
 
 from vla.atomic import write_text
 from vla.errors import UserError
+from vla.json_file import load_json
 
 CONTRACT_FILE = "contract.json"
 CONTRACT_VERSION = 1
@@ -148,15 +149,8 @@ class PolicyContract:
     def load(cls, folder: Path) -> PolicyContract:
         """Read and verify ``contract.json``; raise `ContractError` if it is absent, foreign or altered."""
         path = Path(folder) / CONTRACT_FILE
-        try:
-            content = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise ContractError(
-                f"{path} does not exist: this is not a CogMerge checkpoint, or it was copied without its"
-                " contract."
-            ) from None
-        except ValueError as error:
-            raise ContractError(f"{path} is not valid JSON ({error}); copy the checkpoint again.") from None
+        absent = f"{path} does not exist: not a CogMerge checkpoint, or one copied without its contract."
+        content = load_json(path, absent=absent, remedy="copy the checkpoint again", error=ContractError)
         return cls.from_dict(content, str(path))
 
     def require(self, offer: Interface, *, source: str) -> None:

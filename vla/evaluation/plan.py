@@ -11,6 +11,7 @@ from typing import Any
 
 from vla.atomic import write_text
 from vla.errors import UserError, nearest
+from vla.json_file import load_json
 from vla.selection import parse_indices
 from vla.sim.episode import BENCHMARK_SEEDS, Episode, benchmark_episode
 from vla.sim.suites import load_suite
@@ -75,12 +76,8 @@ class Plan:
     def load(cls, folder: Path) -> Plan:
         """Read ``plan.json``; raise `UserError` if it is absent, foreign or altered."""
         path = Path(folder) / PLAN_FILE
-        try:
-            content = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist: '{folder}' is not an evaluation folder.") from None
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON ({error}); evaluate again.") from None
+        absent = f"{path} does not exist: '{folder}' is not an evaluation folder."
+        content = load_json(path, absent=absent, remedy="evaluate again")
         plan = _parse(content, path)
         if plan.hash != content["hash"]:
             raise UserError(f"{path} does not match its own hash: it was edited; evaluate again.")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from vla.atomic import write_text
 from vla.errors import UserError
+from vla.json_file import load_json
 from vla.training.augmentation import AugmentationConfig
 from vla.training.lora import LoraSettings
 
@@ -187,14 +188,8 @@ def write_record(config: TrainConfig, record: dict[str, Any]) -> None:
 
 
 def _read_record(out: Path) -> dict[str, Any]:
-    try:
-        return json.loads((out / RECORD_FILE).read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"There is no training run in {out} to resume (no {RECORD_FILE}).") from None
-    except ValueError as error:
-        raise UserError(
-            f"{out / RECORD_FILE} is not valid JSON ({error}); the run cannot be resumed."
-        ) from None
+    absent = f"There is no training run in {out} to resume (no {RECORD_FILE})."
+    return load_json(out / RECORD_FILE, absent=absent, remedy="the run cannot be resumed")
 
 
 def _continue(config: TrainConfig, record: dict[str, Any], processes: int) -> TrainConfig:

@@ -8,7 +8,6 @@ business of `frame_cache`.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +21,7 @@ from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 
 from vla.contract import ACTION_KEY, STATE_KEY, Interface
 from vla.errors import UserError
+from vla.json_file import load_json
 
 _INDEX_COLUMNS = ("index", "timestamp", "episode_index", "task_index")
 
@@ -140,16 +140,11 @@ def _first_difference(a: Interface, b: Interface) -> str:
 
 
 def _read_info(root: Path) -> dict[str, Any]:
-    path = root / "meta" / "info.json"
-    try:
-        info = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"There is no LeRobotDataset at {root} (no meta/info.json); give a folder written by "
-            "`vla collect` or downloaded from the Hub."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy the dataset again.") from None
+    absent = (
+        f"There is no LeRobotDataset at {root} (no meta/info.json); give a folder written by "
+        "`vla collect` or downloaded from the Hub."
+    )
+    info = load_json(root / "meta" / "info.json", absent=absent, remedy="copy the dataset again")
     version = str(info.get("codebase_version", "unknown"))
     if not version.startswith("v3"):
         raise UserError(
