@@ -9,6 +9,7 @@ from vla.experts.low_rank import LowRank
 from vla.experts.merging.task_arithmetic import task_arithmetic
 from vla.experts.merging.ties import ties
 from vla.experts.task_masks import (
+    BLOCK,
     MaskRatios,
     pack,
     projection_scale,
@@ -25,6 +26,21 @@ def test_rule_worked_by_hand():
     merged = torch.tensor([1.0, 3.0, 1.0, 0.5, 1.6, -1.0])
     # strict: the fifth, 0.6 > 0.6 · 1, is not kept; the last is, although the merge points against it
     assert task_mask(delta, merged, 0.6).tolist() == [True, False, False, False, False, True]
+
+
+@pytest.mark.parametrize("entries", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1])
+def test_blocks_are_the_whole(entries):
+    """Masks and counts are computed block by block, of transposed tensors too."""
+    generator = torch.Generator().manual_seed(entries)
+    deltas = [torch.randn(3, entries, generator=generator).T for _ in range(2)]
+    merged = torch.randn(entries, 3, generator=generator)
+    masks = [task_mask(delta, merged, 0.6) for delta in deltas]
+    for mask, delta in zip(masks, deltas, strict=True):
+        assert torch.equal(mask, delta.abs() > 0.6 * (merged - delta).abs())
+    ratios = MaskRatios(2)
+    ratios.add(masks)
+    assert (ratios.entries, ratios.kept) == (3 * entries, [int(mask.sum()) for mask in masks])
+    assert ratios.selfish == int((masks[0] ^ masks[1]).sum())
 
 
 @given(st.lists(st.sampled_from([0.0, -1e-30, 1e-3, -2.0, 5.0]), min_size=1), st.data())

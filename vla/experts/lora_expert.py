@@ -102,6 +102,13 @@ class LoraExpert:
         factors = {name for pair in self._factors.values() for name in pair}
         return tuple(sorted(name for name in self.tensors if name not in factors))
 
+    @cached_property
+    def _shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of all tensors; of a file's, from its header."""
+        if isinstance(self.tensors, _WithoutPrefix):
+            return self.tensors.shapes
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
     def rank(self, module: str) -> int:
         """LoRA rank of `module`: ``rank_pattern`` or ``r``."""
         return int(_lookup(self.config.get("rank_pattern"), module, self.config["r"], self.source))
@@ -115,7 +122,7 @@ class LoraExpert:
     def shape(self, module: str) -> tuple[int, int]:
         """(m, n) of the layer's weight matrix."""
         a, b = self._factors[module]
-        return self.tensors[b].shape[0], self.tensors[a].shape[1]
+        return self._shapes[b][0], self._shapes[a][1]
 
     def update(self, module: str) -> LowRank:
         """The layer's task vector ``τ = scale · B A`` in float32; raises `UserError` if it is not finite."""
@@ -140,7 +147,7 @@ class LoraExpert:
     def require_fits(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Raise `UserError` unless a base whose tensors have `shapes` holds all that is changed here."""
         changed = {f"{module}.weight": self.shape(module) for module in self.modules}
-        changed |= {name: tuple(self.tensors[name].shape) for name in self.full_tensors}
+        changed |= {name: self._shapes[name] for name in self.full_tensors}
         for name, shape in changed.items():
             if name not in shapes:
                 raise UserError(
@@ -186,7 +193,7 @@ class LoraExpert:
         )
 
     def _require_shapes(self, module: str) -> None:
-        a, b = (tuple(self.tensors[name].shape) for name in self._factors[module])
+        a, b = (self._shapes[name] for name in self._factors[module])
         rank = self.rank(module)
         if len(a) != 2 or len(b) != 2:
             raise UserError(
@@ -256,6 +263,11 @@ class _WithoutPrefix(Mapping[str, Tensor]):
                 f"{file.path} holds '{foreign[0]}', a name that PEFT does not write; copy it again."
             )
         self._file = file
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape, from the header alone."""
+        return {name.removeprefix(_PREFIX): shape for name, shape in self._file.shapes.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._file[_PREFIX + name]

@@ -280,7 +280,8 @@ class _Stream:
 def _merged(step: Step, updates: Sequence[LowRank], context: TensorContext) -> Tensor:
     """``α τ_merge`` of one tensor, float32; raises `UserError` if it is not finite."""
     merged = step.setting.method.merge(updates, context).mul_(step.setting.alpha)
-    if not merged.isfinite().all():
+    low, high = merged.aminmax()  # without the temporaries of `isfinite`; NaN wins both
+    if not (low.isfinite() and high.isfinite()):
         raise UserError(f"Merging '{context.tensor}' gave values that are not finite; lower its alpha.")
     return merged
 

@@ -147,15 +147,15 @@ def _touched(inputs: Inputs) -> dict[str, bool]:
 
 
 def _step(name: str, recipe: Recipe, inputs: Inputs, in_full: bool | None) -> Step:
-    tensor = inputs.base[name]
-    dtype = recipe.dtype if recipe.dtype and tensor.is_floating_point() else tensor.dtype
-    shape = tuple(tensor.shape)
+    slot = inputs.base.slots[name]
+    dtype = recipe.dtype if recipe.dtype and slot.dtype.is_floating_point else slot.dtype
+    shape = slot.shape
     if in_full is None:
         return Step(COPY, dtype, shape)
     if recipe.is_private(name):
         return Step(PRIVATE, dtype, shape)
     if recipe.is_shared(name):
-        _require_averageable(name, inputs, in_full, tensor)
+        _require_averageable(name, inputs, in_full, slot.dtype)
         return Step(AVERAGE, dtype, shape)
     if in_full:
         raise UserError(
@@ -171,12 +171,12 @@ def _step(name: str, recipe: Recipe, inputs: Inputs, in_full: bool | None) -> St
     return Step(MERGE, dtype, shape, setting)
 
 
-def _require_averageable(name: str, inputs: Inputs, in_full: bool, tensor: Tensor) -> None:
+def _require_averageable(name: str, inputs: Inputs, in_full: bool, dtype: torch.dtype) -> None:
     if not in_full:
         raise UserError(
             f"'{name}' has LoRA factors and cannot be shared; override its method with weighted_average."
         )
-    if not tensor.is_floating_point():
+    if not dtype.is_floating_point:
         raise UserError(f"'{name}' holds whole numbers and cannot be averaged; list it under private.")
     lacking = [expert for m, expert in enumerate(inputs.names) if not inputs.full(m, name)]
     if lacking:

@@ -8,7 +8,7 @@ task. Masks are stored one bit per weight, those with signs as two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,10 +17,17 @@ from torch import Tensor
 
 from vla.experts.low_rank import LowRank
 
+#: Entries that are worked on at a time: temporaries stay in the cache, and below what glibc maps and returns
+#: block by block (`vla.experts.memory`), which costs a page fault per 4 kB.
+BLOCK = 1 << 16
+
 
 def task_mask(delta: Tensor, merged: Tensor, lam: float) -> Tensor:
     """``S_m = 1[|τ_m| > λ |τ_merge − τ_m|]``: booleans of the shape of `delta`."""
-    return delta.abs() > (merged - delta).abs_().mul_(lam)
+    mask = torch.empty(delta.shape, dtype=torch.bool, device=delta.device)
+    for used, own, other in _blocks(mask, delta, merged):
+        torch.gt(own.abs(), (other - own).abs_().mul_(lam), out=used)
+    return mask
 
 
 def signed_update(merged: Tensor, mask: Tensor, negated: Tensor | None = None) -> Tensor:
@@ -83,6 +90,11 @@ def unaligned(update: LowRank, generator: torch.Generator) -> LowRank:
     return LowRank(update.b[rows], update.a[:, columns])
 
 
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same `BLOCK` entries of every tensor at a time, flattened: views of a contiguous tensor."""
+    return zip(*(tensor.reshape(-1).split(BLOCK) for tensor in tensors), strict=True)
+
+
 @dataclass
 class MaskRatios:
     """Counts over all masked tensors; `keep` is one per expert.
@@ -100,12 +112,13 @@ class MaskRatios:
 
     def add(self, masks: Sequence[Tensor]) -> None:
         """Count one tensor's masks, one per expert."""
-        users = torch.zeros(masks[0].shape, dtype=torch.int16)
-        for m, mask in enumerate(masks):
-            self.kept[m] += int(mask.count_nonzero())
-            users += mask
-        self.selfish += int((users == 1).count_nonzero())
-        self.entries += users.numel()
+        for blocks in _blocks(*masks):
+            users = torch.zeros(blocks[0].shape, dtype=torch.int16)
+            for m, used in enumerate(blocks):
+                self.kept[m] += int(used.count_nonzero())
+                users += used
+            self.selfish += int((users == 1).count_nonzero())
+        self.entries += masks[0].numel()
 
     @property
     def keep_ratios(self) -> list[float]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -17,58 +18,16 @@ from vla.errors import UserError
 
 _DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-
-
-class TensorFile(Mapping[str, Tensor]):
-    """A safetensors file as a lazy mapping from names to tensors.
-
-    Every access opens the file anew: the library maps it into memory, and pages that were read once would
-    otherwise count as this process's memory until the end. Raises `UserError` if the file is absent,
-    damaged or not safetensors.
-    """
-
-    def __init__(self, path: Path):
-        self.path = Path(path)
-        with self._open() as file:
-            self._names = dict.fromkeys(sorted(file.keys()))
-            self.metadata: dict[str, str] = file.metadata() or {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        with self._open() as file:
-            return file.get_tensor(name)
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape, from the header alone."""
-        with self._open() as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in self._names}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def _open(self):
-        try:
-            return safe_open(self.path, framework="pt")
-        except FileNotFoundError:
-            raise UserError(f"{self.path} does not exist; copy its folder again in full.") from None
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.path} cannot be read ({error}); copy it again.") from None
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Place of one tensor in a file that is still to be written."""
+    """What a file holds, or is to hold, under one name."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -77,6 +36,55 @@ class Slot:
     def size(self) -> int:
         """Bytes."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """A safetensors file as a lazy mapping from names to tensors.
+
+    Tensors are read, not mapped: the library maps the whole file, whose pages count as this process's memory
+    once they were touched, and parses the header anew (1 ms for a thousand names) at every opening. Raises
+    `UserError` if the file is absent, damaged or not safetensors.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        try:
+            with safe_open(self.path, framework="pt") as file:  # which also checks it, lengths included
+                self.metadata: dict[str, str] = file.metadata() or {}
+            self._places = dict(sorted(_read_places(self.path)))
+        except FileNotFoundError:
+            raise UserError(f"{self.path} does not exist; copy its folder again in full.") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.path} cannot be read ({error}); copy it again.") from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        start, slot = self._places[name]
+        tensor = torch.empty(slot.shape, dtype=slot.dtype)
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            count = file.readinto(_bytes_of(tensor))
+        if count != slot.size:
+            raise UserError(f"{self.path} was cut short while it was read; copy it again.")
+        return tensor
+
+    @cached_property
+    def slots(self) -> dict[str, Slot]:
+        """Every tensor's dtype and shape, from the header alone."""
+        return {name: slot for name, (_, slot) in self._places.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape, from the header alone."""
+        return {name: slot.shape for name, slot in self.slots.items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
 
 
 class TensorWriter:
@@ -102,8 +110,7 @@ class TensorWriter:
         expected, slot = self._pending.pop()
         if (name, tensor.dtype, tuple(tensor.shape)) != (expected, slot.dtype, slot.shape):
             raise ValueError(f"{expected} {slot} was announced, not {name} {tensor.dtype} {tensor.shape}")
-        if tensor.numel():
-            self._put(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        self._put(_bytes_of(tensor.detach().cpu().contiguous()))
 
     def close(self) -> str:
         """Finish the file and return its SHA-256; raises `ValueError` if tensors are missing."""
@@ -125,6 +132,24 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file's content, what ``sha256sum`` prints."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    """The memory of a contiguous tensor on the CPU, (bytes,) uint8."""
+    return tensor.view(-1).view(torch.uint8).numpy()
+
+
+def _read_places(path: Path) -> Iterator[tuple[str, tuple[int, Slot]]]:
+    """Every tensor's name with its first byte in the file and what lies there, from a sound header."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    for name, entry in entries.items():
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(f"{path} holds '{name}' as {entry['dtype']}, which cannot be read; convert it.")
+        slot = Slot(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        yield name, (8 + length + entry["data_offsets"][0], slot)
 
 
 def _header(layout: Mapping[str, Slot], metadata: Mapping[str, str]) -> bytes:
