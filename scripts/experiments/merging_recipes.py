@@ -33,7 +33,7 @@ from vla.policy.checkpoint import load_checkpoint, resolve_checkpoint
 from vla.policy.head import head_parts
 
 NAIVE = "naive"
-MASKED, SIGNED, RESCALED = "+masks", "+signs", "+rescaled"
+MASKED, TWO_BITS, RESCALED = "+masks", "+two_bits", "+rescaled"
 #: What `--private` may name beside the head's own private parts.
 PRIVATE_PARTS = {"film": "*film*", "routers": "*routers*", "state_projector": "model.state_projector.*"}
 
@@ -51,7 +51,7 @@ class Options:
     methods: tuple[str, ...] = tuple(METHODS)
     """Merging methods."""
     rescaled: tuple[str, ...] = ()
-    """Methods that have a recipe with rescaled masks too; and with signed ones, where a method has them."""
+    """Methods that have a recipe with rescaled masks too; and of two bits, where a method has them."""
     lam: float = 0.6
     """Threshold of the task masks."""
     private: tuple[str, ...] = ("head",)
@@ -95,9 +95,9 @@ def variants(method: str, lam: float, parts: Mapping[str, Any], rescaled: bool) 
     recipes[f"{method}{MASKED}"] = masked
     if rescaled and not kind.own_scale:
         recipes[f"{method}{MASKED}{RESCALED}"] = masked | {"rescale": True}
-        if hasattr(kind, "signs"):
-            signs = {"rescale": True, "options": {"signs": True}}
-            recipes[f"{method}{MASKED}{SIGNED}{RESCALED}"] = masked | signs
+        if hasattr(kind, "bits"):
+            two_bits = {"rescale": True, "options": {"bits": 2}}
+            recipes[f"{method}{MASKED}{TWO_BITS}{RESCALED}"] = masked | two_bits
     return recipes
 
 

@@ -211,13 +211,13 @@ def test_globs_match_what_they_stand_for_and_nothing_else():
     assert not any(fnmatchcase(other, glob) for other in others for glob in exact)
 
 
-def test_a_method_with_signs_has_a_recipe_for_them():
+def test_a_method_with_two_bits_has_a_recipe_for_them():
     recipes = merging_recipes.variants("least_squares", 0.7, {}, rescaled=True)
     name = "least_squares+masks"
     assert recipes == {
         name: {"method": "least_squares"},
         f"{name}+rescaled": {"method": "least_squares", "rescale": True},
-        f"{name}+signs+rescaled": {"method": "least_squares", "rescale": True, "options": {"signs": True}},
+        f"{name}+two_bits+rescaled": {"method": "least_squares", "rescale": True, "options": {"bits": 2}},
     }
     assert list(merging_recipes.variants("least_squares", 0.7, {}, rescaled=False)) == [name]
 

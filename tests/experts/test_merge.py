@@ -231,21 +231,23 @@ def test_rescaling_restores_each_update_along_itself(scene):
     assert MergedCheckpoint.open(out).hash != MergedCheckpoint.open(plain).hash
 
 
-def test_signed_masks(scene):
-    """What the files say, entry by entry: base plus the merge, or minus it, or nothing."""
-    out = run(scene, method="least_squares", options={"signs": True}, dtype="float32")
+def test_masks_of_two_bits(scene):
+    """What the files say, entry by entry: base plus the merge, minus it, plus twice it, or nothing."""
+    out = run(scene, method="least_squares", options={"bits": 2}, dtype="float32")
     base, delta = load_file(scene / "base/model.safetensors"), load_file(out / "delta.safetensors")
+    seen = set()
     for m, name in enumerate(NAMES):
         weights = dict(MergedCheckpoint.open(out).task_weights(name))
         for module, shape in SHAPES.items():
             tensor = f"{module}.weight"
             files = [out / f"experts/{name}/{file}.safetensors" for file in ("mask", "negated")]
-            plus, minus = (unpack(load_file(file)[tensor], shape) for file in files)
-            assert not (plus & minus).any()
-            sign = plus.float() - minus.float()
-            torch.testing.assert_close(weights[tensor], base[tensor].float() + sign * delta[tensor])
+            first, second = (unpack(load_file(file)[tensor], shape) for file in files)
+            level = torch.tensor([[0.0, -1.0], [1.0, 2.0]])[first.long(), second.long()]
+            seen |= set(level.unique().tolist())
+            torch.testing.assert_close(weights[tensor], base[tensor].float() + level * delta[tensor])
             own = updates_of(scene, module)[m].dense()
-            assert (sign * delta[tensor] * own >= 0).all(), "a task uses nothing against its own direction"
+            assert (level * delta[tensor] * own >= 0).all(), "a task uses nothing against its own direction"
+    assert seen == {-1.0, 0.0, 1.0, 2.0}
     manifest = json.loads((out / "merge.json").read_text())
     assert {f"experts/{name}/negated.safetensors" for name in NAMES} < set(manifest["outputs"])
     keep = manifest["masks"]["experts"]["keep"]["pick"]

@@ -60,7 +60,7 @@ def model(tmp_path_factory):
         pytest.param({"method": "iso_c", "lambda": 0.6}, marks=pytest.mark.slow),
         pytest.param({"method": "emr"}, marks=pytest.mark.slow),
         pytest.param(
-            {"method": "least_squares", "options": {"signs": True}, "rescale": True}, marks=pytest.mark.slow
+            {"method": "least_squares", "options": {"bits": 2}, "rescale": True}, marks=pytest.mark.slow
         ),
     ],
     ids=lambda entries: entries["method"],

@@ -12,7 +12,7 @@ from vla.errors import UserError
 from vla.experts.low_rank import LowRank
 from vla.experts.merging.dare import drop_and_rescale
 from vla.experts.merging.emr import Emr, emr
-from vla.experts.merging.least_squares import LeastSquares, least_squares
+from vla.experts.merging.least_squares import LEVELS, LeastSquares, least_squares
 from vla.experts.merging.magnitude import MagnitudeSurvey, magnitude_threshold
 from vla.experts.merging.method import TensorContext
 from vla.experts.merging.registry import METHODS, make_method
@@ -75,7 +75,7 @@ IDENTITIES = [
     ("wudi", {"solver": "exact"}),
     ("emr", {}),
     ("least_squares", {}),
-    ("least_squares", {"signs": True}),
+    ("least_squares", {"bits": 2}),
 ]
 
 
@@ -261,47 +261,56 @@ def test_least_squares_worked_by_hand():
 
 
 @given(st.lists(st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=5), min_size=1, max_size=6))
-@settings(max_examples=100, deadline=None)
-def test_least_squares_loses_no_more_than_any_choice_of_tasks(entries):
-    """Against every subset of the tasks with its mean, entry by entry."""
+@settings(max_examples=50, deadline=None)
+@pytest.mark.parametrize("bits", LEVELS)
+def test_least_squares_loses_no_more_than_any_choice_of_levels(bits, entries):
+    """Against every choice of levels with the entry that is best for it."""
+    method = LeastSquares(bits=bits)
     for values in entries:
-        merged = least_squares([torch.tensor([[value]]) for value in values])
-        masks = [LeastSquares().mask(torch.tensor([[value]]), merged) for value in values]
-        lost = sum(
-            (value - (merged.item() if mask else 0)) ** 2 for value, mask in zip(values, masks, strict=True)
-        )
-        for chosen in itertools.product((False, True), repeat=len(values)):
-            used = [value for value, mask in zip(values, chosen, strict=True) if mask]
-            rest = [value for value, mask in zip(values, chosen, strict=True) if not mask]
-            mean = sum(used) / max(1, len(used))
-            possible = sum((value - mean) ** 2 for value in used) + sum(value**2 for value in rest)
+        deltas = [torch.tensor([[value]]) for value in values]
+        merged = least_squares(deltas, LEVELS[bits])
+        lost = 0.0
+        for delta in deltas:
+            negated = method.negated(delta, merged) if method.signed else None
+            lost += (delta - signed_update(merged, method.mask(delta, merged), negated)).item() ** 2
+        for chosen in itertools.product(LEVELS[bits], repeat=len(values)):
+            squares = sum(c * c for c in chosen)
+            along = sum(c * value for c, value in zip(chosen, values, strict=True))
+            best = along / squares if squares else 0.0
+            possible = sum((value - c * best) ** 2 for c, value in zip(chosen, values, strict=True))
             assert lost <= possible + 1e-4 * (1 + possible)
 
 
-def test_signed_least_squares_worked_by_hand():
-    """Opposite pulls share their size; the merge has the sign of the sum, and zero pulls none."""
-    a, b = (LowRank(torch.tensor([row]), torch.eye(3)) for row in ([2.0, 3.0, 9.0], [-4.0, -2.0, 0.0]))
-    merged, method = merge("least_squares", [a, b], signs=True), LeastSquares(signs=True)
-    close(merged, [[-3.0, 2.5, 9.0]])
-    assert method.mask(a.dense(), merged).tolist() == [[False, True, True]]
-    assert method.negated(a.dense(), merged).tolist() == [[True, False, False]]
-    assert method.mask(b.dense(), merged).tolist() == [[True, False, False]]
-    assert method.negated(b.dense(), merged).tolist() == [[False, True, False]]
+def test_two_bit_least_squares_worked_by_hand():
+    """Levels (1, 2), (-1, 2), (1, -1), (1, 0), (2, 1) of five pairs; d = (a c_a + b c_b) / (c_a² + c_b²)."""
+    a = LowRank(torch.tensor([[2.0, 2.0, 3.0, 9.0, -8.0]]), torch.eye(5))
+    b = LowRank(torch.tensor([[4.0, -4.0, -2.9, 0.0, -4.5]]), torch.eye(5))
+    merged, method = merge("least_squares", [a, b], bits=2), LeastSquares(bits=2)
+    close(merged, [[2.0, -2.0, 2.95, 9.0, -4.1]])
+    assert method.mask(a.dense(), merged).tolist() == [[True, False, True, True, True]]
+    assert method.negated(a.dense(), merged).tolist() == [[False, True, False, False, True]]
+    assert method.mask(b.dense(), merged).tolist() == [[True, True, False, False, True]]
+    assert method.negated(b.dense(), merged).tolist() == [[True, True, True, False, False]]
+
+
+def test_only_one_and_two_bits_are_known():
+    with pytest.raises(UserError, match="bits is 3; it must be 1 or 2"):
+        LeastSquares(bits=3)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_signs_lose_less(shape):
-    """What masks with and without signs leave of all updates, in squares over all entries."""
+def test_a_second_bit_loses_less(shape):
+    """What masks of one and of two bits leave of all updates, in squares over all entries."""
     updates = random_updates(*shape, experts=4)
     lost = {}
-    for signs in (False, True):
-        method, merged = LeastSquares(signs=signs), merge("least_squares", updates, signs=signs)
-        lost[signs] = 0.0
+    for bits in LEVELS:
+        method, merged = LeastSquares(bits=bits), merge("least_squares", updates, bits=bits)
+        lost[bits] = 0.0
         for delta in (update.dense() for update in updates):
-            negated = method.negated(delta, merged) if signs else None
-            lost[signs] += (delta - signed_update(merged, method.mask(delta, merged), negated)).square().sum()
+            negated = method.negated(delta, merged) if method.signed else None
+            lost[bits] += (delta - signed_update(merged, method.mask(delta, merged), negated)).square().sum()
     total = sum(update.dense().square().sum() for update in updates)
-    assert 0 < lost[True] < 0.7 * lost[False] < 0.7 * total
+    assert 0 < lost[2] < 0.3 * lost[1] < 0.1 * total
 
 
 def test_least_squares_in_parts_is_least_squares_at_once(monkeypatch):

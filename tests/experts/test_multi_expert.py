@@ -73,9 +73,9 @@ def test_experts_of_a_cross_attention_decoder(tmp_path):
         {},
         {"rescale": True},
         {"method": "emr", "lambda": None},
-        {"method": "least_squares", "lambda": None, "options": {"signs": True}, "rescale": True},
+        {"method": "least_squares", "lambda": None, "options": {"bits": 2}, "rescale": True},
     ],
-    ids=["masks", "rescaled", "emr", "signs"],
+    ids=["masks", "rescaled", "emr", "two bits"],
 )
 def test_a_merge_switches_to_each_tasks_weights(skills, tmp_path, entries):
     """Against the weights read from disk, bit for bit, in any order of switches."""

@@ -59,13 +59,21 @@ class LiveMerge:
                 self.live[name].copy_(merged)
         if self._at_base or expert != self._task:
             for name, delta in self._delta.items():
-                mask, scale = self._masks[expert][name], self._scales[expert][name]
-                live = masked_delta_apply(self.live[name], self._base[name], delta, mask, scale)
-                if name in self._negated[expert]:  # entries that `mask` has left at the base's value
-                    masked_delta_apply(live, live, delta, self._negated[expert][name], -scale)
+                self._apply(expert, name, delta)
             for name, unowned in self._unowned.items():
                 self.live[name].copy_(self._private[expert].get(name, unowned))
         self._task, self._at_base = expert, False
+
+    def _apply(self, expert: int, name: str, delta: Tensor) -> None:
+        """Write one masked tensor of a task: see `vla.experts.task_masks.signed_update`."""
+        mask, scale = self._masks[expert][name], self._scales[expert][name]
+        negated = self._negated[expert].get(name)
+        live = self.live[name]
+        plain = mask if negated is None else mask & ~negated
+        masked_delta_apply(live, self._base[name], delta, plain, scale)
+        if negated is not None:  # each goes to entries that still hold the base's value, so all round once
+            masked_delta_apply(live, live, delta, negated & ~mask, -scale)
+            masked_delta_apply(live, live, delta, negated & mask, 2 * scale)
 
     @torch.no_grad()
     def switch_to_base(self) -> None:

@@ -6,7 +6,7 @@ The folder that it writes::
     config.json, contract.json, ...   the base's, unchanged
     delta.safetensors                 α τ_merge of the masked tensors (only with task masks)
     experts/NAME/mask.safetensors     S_m, one bit per weight: where the task uses α τ_merge
-    experts/NAME/negated.safetensors  one bit per weight: where it uses -α τ_merge (only of signed methods)
+    experts/NAME/negated.safetensors  one bit more: where it uses -α τ_merge or, if in S_m too, 2 α τ_merge
     experts/NAME/private.safetensors  what expert NAME keeps for itself, in place of the merged tensors
     experts/NAME/expert.json          its card; contract.json, if there is one, its normalisation statistics
     recipe.yaml, merge.json           what was merged, hashes of inputs and outputs, mask ratios, factors
@@ -252,7 +252,7 @@ class _Stream:
             self._count_null_model(step, updates, context)
 
     def _write_masks(self, name: str, step: Step, m: int, delta: Tensor, merged: Tensor) -> Tensor:
-        """Write one expert's masks and note its factors; return which entries it uses, with either sign."""
+        """Write one expert's masks and note its factors; return which entries it uses, in any way."""
         expert = self.inputs.names[m]
         mask, negated = step.setting.task_signs(delta, merged)
         if step.setting.method.own_scale:

@@ -81,9 +81,9 @@ class Setting:
         return self.lam is not None or self.method.own_masks
 
     def task_signs(self, delta: Tensor, merged: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The entries of `merged` that a task uses as they are, and those that it uses with the sign turned.
+        """The task's mask and, if the method has one, its second bit: see `task_masks.signed_update`.
 
-        Booleans of the shape of both; the second is None unless the method is signed.
+        Booleans of the shape of both.
         """
         if not self.method.own_masks:
             return task_mask(delta, merged, self.lam), None

@@ -3,7 +3,7 @@
 ``S_m = 1[|τ_m| > λ |τ_merge − τ_m|]``, entry by entry and strict, so that λ = 0 keeps every non-zero of
 ``τ_m``. The task's weights are ``Θ_0 + γ_m S_m ⊙ τ_merge``, with ``γ_m = 1`` unless EMR or a recipe's
 `rescale` gives one. There is no test of the sign: an entry may be kept although the merge points against the
-task. Masks are stored one bit per weight, those with signs as two.
+task. Masks are stored one bit per weight; those in {-1, 0, 1, 2} as two, see `signed_update`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def task_mask(delta: Tensor, merged: Tensor, lam: float) -> Tensor:
 
 
 def signed_update(merged: Tensor, mask: Tensor, negated: Tensor | None = None) -> Tensor:
-    """``S_m ⊙ τ_merge`` in float32, with ``S_m`` 1 at `mask`, -1 at `negated` (if there is one), else 0."""
+    """``S_m ⊙ τ_merge`` in float32: ``S_m`` is 1 at `mask`, -1 at `negated` (if given), 2 at both, else 0."""
     merged = merged.float()
     used = torch.where(mask, merged, 0)
-    return used if negated is None else torch.where(negated, -merged, used)
+    return used if negated is None else torch.where(negated, torch.where(mask, 2 * merged, -merged), used)
 
 
 def used_entries(mask: Tensor, negated: Tensor | None) -> Tensor:
-    """Where a task uses the merge, with either sign."""
+    """Where a task uses the merge, in any way."""
     return mask if negated is None else mask | negated
 
 

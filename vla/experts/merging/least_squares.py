@@ -8,8 +8,9 @@ one minimises what is lost with the masks in place,
 which falls into one small problem per entry and is solved exactly. Not from a paper: for a given ``τ_merge``
 its masks are TALL-masks' (arXiv 2405.07813) at λ = 1; the equation for ``τ_merge`` is what is added.
 
-With ``signs: true`` the masks are in {-1, 0, 1}, two bits per weight and task: experts that pull an entry in
-opposite directions, of whom otherwise one gets nothing, share its size.
+With ``bits: 2`` the masks are in {-1, 0, 1, 2}: experts that pull an entry in opposite directions, of whom
+otherwise one gets nothing, or differ in how far they pull, share it. Of four unrelated Gaussian updates one
+bit loses 24 % of the squares, two bits 4 %.
 """
 
 from __future__ import annotations
@@ -21,38 +22,75 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vla.errors import UserError
 from vla.experts.low_rank import LowRank
 from vla.experts.merging.method import MergeMethod, TensorContext
 from vla.experts.task_masks import task_mask
 
-_ENTRIES_AT_A_TIME = 2**18
+#: What a task may multiply an entry of ``τ_merge`` by, for so many bits per weight.
+LEVELS = {1: (0, 1), 2: (-1, 0, 1, 2)}
+_ENTRIES_AT_A_TIME = 2**15
 
 
-def least_squares(deltas: Sequence[Tensor]) -> Tensor:
-    """``τ_merge`` (m, n) of M updates (m, n), a few rows at a time, which bounds the working memory."""
+def least_squares(deltas: Sequence[Tensor], levels: Sequence[int] = LEVELS[1]) -> Tensor:
+    """``τ_merge`` (m, n) of M updates (m, n), a few entries at a time, which bounds the working memory."""
     merged = torch.empty_like(deltas[0])
-    rows = max(1, _ENTRIES_AT_A_TIME // max(1, merged.shape[1]))
-    for start in range(0, len(merged), rows):
-        part = slice(start, start + rows)
-        merged[part] = best_entries(torch.stack([delta[part] for delta in deltas]))
+    parts = zip(*(delta.reshape(-1).split(_ENTRIES_AT_A_TIME) for delta in (merged, *deltas)), strict=True)
+    for out, *values in parts:
+        out.copy_(best_entries(torch.stack(values), levels))
     return merged
 
 
-def best_entries(values: Tensor) -> Tensor:
-    """``argmin_d Σ_m min(τ_m², (τ_m − d)²)`` for every entry of `values` (M, ...).
+def best_entries(values: Tensor, levels: Sequence[int] = LEVELS[1]) -> Tensor:
+    """``argmin_d Σ_m min_c (τ_m − c d)²`` over the levels c, for every entry of `values` (M, ...).
 
-    The tasks that use the best d are those whose value is nearer to d than to 0: the k largest of one sign,
-    for some k; and d is their mean. So the 2M means of the k largest and of the k smallest are tried.
+    Of two that are as good, the one with the sign of ``Σ τ_m``: alone, a task gets its own value.
     """
-    best, least = torch.zeros_like(values[0]), values.square().sum(dim=0)
-    for sign in (1, -1):
-        sums = (values * sign).clamp_(min=0).sort(dim=0, descending=True).values.cumsum_(dim=0)
-        for k, total in enumerate(sums, 1):
-            candidate = total * (sign / k)
-            lost = torch.minimum(values.square(), (values - candidate).square_()).sum(dim=0)
-            best = torch.where(lost < least, candidate, best)
-            least = torch.minimum(least, lost)
-    return best
+    up, gain = _best_positive(values, levels)
+    down, gain_down = _best_positive(-values, levels)
+    negative = torch.where(gain_down == gain, values.sum(dim=0) < 0, gain_down > gain)
+    return torch.where(negative, -down, up)
+
+
+def _best_positive(values: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The best ``d >= 0`` and its gain ``(Σ c τ)² / Σ c²``, by which it lowers ``Σ τ²``.
+
+    As d grows from 0, every task steps down from its largest level to 0. Between two steps of any task the
+    levels are fixed, and ``d = Σ c τ / Σ c²`` is best for them: so one candidate per step is tried, and the
+    sums are those of all steps that are still ahead.
+    """
+    at, along, squares = _steps(values, levels)
+    best, most = torch.zeros_like(values[0]), torch.zeros_like(values[0])
+    for here in at:
+        ahead = at >= here
+        numerator = torch.where(ahead, along, 0).sum(dim=0)
+        denominator = torch.where(ahead, squares, 0).sum(dim=0)
+        gain = numerator.square() / denominator  # NaN, which is never better, where nothing is ahead
+        better = gain >= most  # of two that are as good the larger d, with smaller levels
+        best = torch.where(better, numerator / denominator, best)
+        most = torch.where(better, gain, most)
+    return best, most
+
+
+def _steps(values: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """At which d each task takes the level below, and by how much ``Σ c τ`` and ``Σ c²`` fall: (steps, ...).
+
+    From level c to c' at ``d = 2 |τ| / (c + c')``, where both are as far from τ; never (∞) if a task has
+    fewer levels of its sign than others. Steps to smaller levels come later.
+    """
+    size = values.abs()
+    up, down = ([0, *sorted(c * sign for c in levels if c * sign > 0)] for sign in (1, -1))
+    at, along, squares = [], [], []
+    for i in reversed(range(1, max(len(up), len(down)))):
+        level, lower = (
+            torch.where(values > 0, *(float(ladder[min(k, len(ladder) - 1)]) for ladder in (up, down)))
+            for k in (i, i - 1)
+        )
+        taken = (level > lower) & (size > 0)
+        at.append(torch.where(taken, 2 * size / (level + lower), torch.inf))
+        along.append((level - lower) * size)
+        squares.append(torch.where(taken, level.square() - lower.square(), 0))
+    return torch.cat(at), torch.cat(along), torch.cat(squares)
 
 
 @dataclass(frozen=True)
@@ -60,25 +98,25 @@ class LeastSquares(MergeMethod):
     """See the module's equation. One expert is the identity; for use with its masks."""
 
     own_masks: ClassVar[bool] = True
-    signs: bool = False
+    bits: int = 1
+
+    def __post_init__(self):
+        if self.bits not in LEVELS:
+            raise UserError(f"The option bits is {self.bits}; it must be {' or '.join(map(str, LEVELS))}.")
 
     @property
     def signed(self) -> bool:
-        """As `signs` says."""
-        return self.signs
+        """With two bits."""
+        return self.bits == 2
 
     def merge(self, updates: Sequence[LowRank], context: TensorContext) -> Tensor:
-        """See `least_squares`; with `signs` of the magnitudes, the sign being that of the updates' sum."""
-        deltas = [update.dense() for update in updates]
-        if not self.signs:
-            return least_squares(deltas)
-        sign = torch.where(sum(deltas) < 0, -1.0, 1.0)
-        return least_squares([delta.abs_() for delta in deltas]).mul_(sign)
+        """See `least_squares`."""
+        return least_squares([update.dense() for update in updates], LEVELS[self.bits])
 
     def mask(self, delta: Tensor, merged: Tensor) -> Tensor:
-        """``S_m = 1[(τ_m − τ_merge)² < τ_m²]``, which is the λ rule at λ = 1."""
+        """Where 1 is nearer to ``τ_m / τ_merge`` than 0, which is the λ rule at λ = 1: levels 1 and 2."""
         return task_mask(delta, merged, 1.0)
 
     def negated(self, delta: Tensor, merged: Tensor) -> Tensor:
-        """``1[(τ_m + τ_merge)² < τ_m²]``; never where `mask` is."""
-        return task_mask(delta, -merged, 1.0)
+        """Where -1 is nearer than 0, or 2 nearer than 1: levels -1 and 2."""
+        return task_mask(delta, -merged, 1.0) | task_mask(delta - merged, merged, 1.0)

@@ -73,7 +73,7 @@ class MergeMethod:
 
     @property
     def signed(self) -> bool:
-        """Whether a task may use entries with their sign turned, by a second mask (`negated`)."""
+        """Whether a task may use entries negated or doubled too, by a second mask (`negated`)."""
         return False
 
     def mask(self, delta: Tensor, merged: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class MergeMethod:
         raise NotImplementedError
 
     def negated(self, delta: Tensor, merged: Tensor) -> Tensor:
-        """Where the task uses the entry with its sign turned, apart from `mask`; only if `signed`."""
+        """Where the task uses the entry negated or, at `mask` too, doubled; only if `signed`."""
         raise NotImplementedError
 
 
