@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,10 +50,11 @@ def test_live_frames_equal_cached_frames(root, tmp_path):
         np.testing.assert_array_equal(cached[key], live[key])
 
 
-def test_default_place_is_in_the_dataset_and_is_reused(video_dataset, monkeypatch):
-    dataset = open_demonstrations(video_dataset, action_space=OSC_POSE_DELTA)
+def test_default_place_is_in_the_dataset_and_is_reused(video_dataset, tmp_path, monkeypatch):
+    own = shutil.copytree(video_dataset, tmp_path / "own", ignore=shutil.ignore_patterns(".cache"))
+    dataset = open_demonstrations(own, action_space=OSC_POSE_DELTA)
     open_frame_cache(dataset, 16, quiet=True)
-    (folder,) = (video_dataset / ".cache").glob("frames-*[0-9a-f]")
+    (folder,) = (own / ".cache").glob("frames-*[0-9a-f]")
     assert json.loads((folder / "frames.json").read_text())["cameras"]
     monkeypatch.setattr(frame_cache, "_build", lambda *arguments: pytest.fail("built twice"))
     open_frame_cache(dataset, 16, quiet=True)
