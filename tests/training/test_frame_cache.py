@@ -131,8 +131,6 @@ def test_too_small_a_disk_is_refused_before_decoding(video_dataset, tmp_path, mo
 
 
 def test_damaged_video_is_a_sentence(video_dataset, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(video_dataset, copy, ignore=shutil.ignore_patterns(".cache"))
     video = next((copy / "videos").rglob("*.mp4"))
