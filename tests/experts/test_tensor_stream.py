@@ -99,6 +99,30 @@ def test_a_file_that_shrinks_after_it_was_opened_is_one_sentence(tmp_path):
         file["x"]
 
 
+def test_a_copy_is_the_tensor_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("vla.experts.tensor_stream._PIECE", 5)
+    content = tensors()
+    save_file(content, tmp_path / "in.safetensors")
+    source = TensorFile(tmp_path / "in.safetensors")
+    writer = TensorWriter(tmp_path / "out.safetensors", {name: source.slots[name] for name in content})
+    for name in content:
+        writer.copy(name, source)
+    writer.close()
+    assert_same(load_file(tmp_path / "out.safetensors"), content)
+
+
+def test_a_copy_is_of_what_was_announced_and_whole(tmp_path):
+    save_file({"x": torch.ones(3)}, tmp_path / "in.safetensors")
+    source = TensorFile(tmp_path / "in.safetensors")
+    writer = TensorWriter(tmp_path / "out.safetensors", {"x": Slot(torch.float32, (4,))})
+    with pytest.raises(ValueError, match="was announced"):
+        writer.copy("x", source)
+    writer = TensorWriter(tmp_path / "out.safetensors", {"x": Slot(torch.float32, (3,))})
+    source.path.write_bytes(source.path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="cut short"):
+        writer.copy("x", source)
+
+
 def test_only_what_was_announced_is_written(tmp_path):
     writer = TensorWriter(tmp_path / "x.safetensors", {"x": Slot(torch.float32, (3,))})
     with pytest.raises(ValueError, match="was announced"):

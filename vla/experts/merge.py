@@ -216,6 +216,9 @@ class _Stream:
             values = (expert.tensors[name].float() for expert in self.inputs.experts)
             weights.write(name, weighted_average(values, self.inputs.weights).to(step.dtype))
             return
+        if step.kind == COPY and step.dtype == self.inputs.base.slots[name].dtype:
+            weights.copy(name, self.inputs.base)  # embeddings are larger than all that is merged
+            return
         base = self.inputs.base[name]
         if step.kind == COPY:
             weights.write(name, base.to(step.dtype))

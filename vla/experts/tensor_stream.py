@@ -22,6 +22,7 @@ _DTYPE_NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+_PIECE = 1 << 22  # bytes
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
@@ -67,6 +68,14 @@ class TensorFile(Mapping[str, Tensor]):
             raise UserError(f"{self.path} was cut short while it was read; copy it again.")
         return tensor
 
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """The tensor's bytes as they lie in the file, some megabytes at a time."""
+        start, slot = self._places[name]
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            for begin in range(0, slot.size, _PIECE):
+                yield file.read(min(_PIECE, slot.size - begin))
+
     @cached_property
     def slots(self) -> dict[str, Slot]:
         """Every tensor's dtype and shape, from the header alone."""
@@ -111,6 +120,18 @@ class TensorWriter:
         if (name, tensor.dtype, tuple(tensor.shape)) != (expected, slot.dtype, slot.shape):
             raise ValueError(f"{expected} {slot} was announced, not {name} {tensor.dtype} {tensor.shape}")
         self._put(_bytes_of(tensor.detach().cpu().contiguous()))
+
+    def copy(self, name: str, file: TensorFile) -> None:
+        """Append the next tensor as it is in `file`; raises `ValueError` as `write` does."""
+        expected, slot = self._pending.pop()
+        if (name, file.slots[name]) != (expected, slot):
+            raise ValueError(f"{expected} {slot} was announced, not {name} {file.slots[name]}")
+        written = 0
+        for piece in file.pieces(name):
+            self._put(piece)
+            written += len(piece)
+        if written != slot.size:
+            raise UserError(f"{file.path} was cut short while it was read; copy it again.")
 
     def close(self) -> str:
         """Finish the file and return its SHA-256; raises `ValueError` if tensors are missing."""
