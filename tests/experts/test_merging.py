@@ -318,6 +318,7 @@ def test_least_squares_in_parts_is_least_squares_at_once(monkeypatch):
     whole = least_squares(updates)
     monkeypatch.setattr("vla.experts.merging.least_squares._ENTRIES_AT_A_TIME", 20)
     assert torch.equal(least_squares(updates), whole)
+    assert torch.equal(least_squares([update.T.contiguous().T for update in updates]), whole)
 
 
 def test_emr_worked_by_hand():

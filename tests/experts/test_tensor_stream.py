@@ -21,9 +21,7 @@ def tensors() -> dict[str, torch.Tensor]:
     """Every dtype in every shape, wide dtypes first."""
     generator = torch.Generator().manual_seed(0)
     return {
-        f"{str(dtype).removeprefix('torch.')} {shape}": torch.randint(0, 2, shape, generator=generator).to(
-            dtype
-        )
+        f"{dtype} {shape}": torch.randint(0, 2, shape, generator=generator).to(dtype)
         for dtype in DTYPES
         for shape in SHAPES
     }

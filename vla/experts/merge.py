@@ -54,8 +54,9 @@ from vla.experts.tensor_stream import Slot, TensorWriter
 from vla.json_file import load_json
 
 MERGE_FILE = "merge.json"
-MERGE_VERSION = 2
-READABLE_VERSIONS = (1, MERGE_VERSION)  # 1 had no factors per tensor and no negated masks
+MERGE_VERSION = 3
+# 1 had no factors per tensor and no negated masks, 2 no doubled entries.
+READABLE_VERSIONS = (1, 2, MERGE_VERSION)
 RECIPE_FILE = "recipe.yaml"
 DELTA_FILE = "delta.safetensors"
 EXPERTS_FOLDER = "experts"
@@ -257,7 +258,7 @@ class _Stream:
     def _write_masks(self, name: str, step: Step, m: int, delta: Tensor, merged: Tensor) -> Tensor:
         """Write one expert's masks and note its factors; return which entries it uses, in any way."""
         expert = self.inputs.names[m]
-        mask, negated = step.setting.task_signs(delta, merged)
+        mask, negated = step.setting.task_bits(delta, merged)
         if step.setting.method.own_scale:
             self._norms[m][0] += float(delta.abs().sum(dtype=torch.float64))
             self._norms[m][1] += float(merged[mask].abs_().sum(dtype=torch.float64))
@@ -276,7 +277,7 @@ class _Stream:
         ]
         merged = _merged(step, shuffled, context)
         self.null_ratios.add(
-            [used_entries(*step.setting.task_signs(update.dense(), merged)) for update in shuffled]
+            [used_entries(*step.setting.task_bits(update.dense(), merged)) for update in shuffled]
         )
 
 

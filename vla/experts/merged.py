@@ -49,7 +49,7 @@ class MergedCheckpoint:
         if manifest.get("version") not in READABLE_VERSIONS:
             raise UserError(
                 f"{folder / MERGE_FILE} has version {manifest.get('version')!r}, this release reads"
-                f" {' and '.join(map(str, READABLE_VERSIONS))}."
+                f" {', '.join(map(str, READABLE_VERSIONS))}."
             )
         return cls(folder, _find_base(folder, manifest["base"], base), manifest)
 

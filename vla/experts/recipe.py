@@ -80,7 +80,7 @@ class Setting:
         """Whether tasks have masks on this tensor."""
         return self.lam is not None or self.method.own_masks
 
-    def task_signs(self, delta: Tensor, merged: Tensor) -> tuple[Tensor, Tensor | None]:
+    def task_bits(self, delta: Tensor, merged: Tensor) -> tuple[Tensor, Tensor | None]:
         """The task's mask and, if the method has one, its second bit: see `task_masks.signed_update`.
 
         Booleans of the shape of both.

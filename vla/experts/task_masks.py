@@ -25,7 +25,7 @@ BLOCK = 1 << 16
 def task_mask(delta: Tensor, merged: Tensor, lam: float) -> Tensor:
     """``S_m = 1[|τ_m| > λ |τ_merge − τ_m|]``: booleans of the shape of `delta`."""
     mask = torch.empty(delta.shape, dtype=torch.bool, device=delta.device)
-    for used, own, other in _blocks(mask, delta, merged):
+    for used, own, other in blocks(mask, delta, merged):
         torch.gt(own.abs(), (other - own).abs_().mul_(lam), out=used)
     return mask
 
@@ -90,9 +90,9 @@ def unaligned(update: LowRank, generator: torch.Generator) -> LowRank:
     return LowRank(update.b[rows], update.a[:, columns])
 
 
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same `BLOCK` entries of every tensor at a time, flattened: views of a contiguous tensor."""
-    return zip(*(tensor.reshape(-1).split(BLOCK) for tensor in tensors), strict=True)
+def blocks(*tensors: Tensor, size: int = BLOCK) -> Iterator[tuple[Tensor, ...]]:
+    """The same `size` entries of every tensor at a time, flattened: views of a contiguous tensor."""
+    return zip(*(tensor.reshape(-1).split(size) for tensor in tensors), strict=True)
 
 
 @dataclass
@@ -112,9 +112,9 @@ class MaskRatios:
 
     def add(self, masks: Sequence[Tensor]) -> None:
         """Count one tensor's masks, one per expert."""
-        for blocks in _blocks(*masks):
-            users = torch.zeros(blocks[0].shape, dtype=torch.int16)
-            for m, used in enumerate(blocks):
+        for parts in blocks(*masks):
+            users = torch.zeros(parts[0].shape, dtype=torch.int16)
+            for m, used in enumerate(parts):
                 self.kept[m] += int(used.count_nonzero())
                 users += used
             self.selfish += int((users == 1).count_nonzero())

@@ -25,7 +25,7 @@ from torch import Tensor
 from vla.errors import UserError
 from vla.experts.low_rank import LowRank
 from vla.experts.merging.method import MergeMethod, TensorContext
-from vla.experts.task_masks import task_mask
+from vla.experts.task_masks import blocks, task_mask
 
 #: What a task may multiply an entry of ``τ_merge`` by, for so many bits per weight.
 LEVELS = {1: (0, 1), 2: (-1, 0, 1, 2)}
@@ -34,9 +34,9 @@ _ENTRIES_AT_A_TIME = 2**15
 
 def least_squares(deltas: Sequence[Tensor], levels: Sequence[int] = LEVELS[1]) -> Tensor:
     """``τ_merge`` (m, n) of M updates (m, n), a few entries at a time, which bounds the working memory."""
-    merged = torch.empty_like(deltas[0])
-    parts = zip(*(delta.reshape(-1).split(_ENTRIES_AT_A_TIME) for delta in (merged, *deltas)), strict=True)
-    for out, *values in parts:
+    # Contiguous whatever the updates are: its blocks are to be views.
+    merged = torch.empty(deltas[0].shape, dtype=deltas[0].dtype, device=deltas[0].device)
+    for out, *values in blocks(merged, *deltas, size=_ENTRIES_AT_A_TIME):
         out.copy_(best_entries(torch.stack(values), levels))
     return merged
 
