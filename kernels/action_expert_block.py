@@ -21,7 +21,7 @@ Backward of the custom op, with ``P = softmax(s)``, ``n = LN(z)``, ``z_hat`` the
     dg = sigma (1 - sigma) sum(ds_T * q_T k_T')
 
 The Triton path has run in the interpreter and been compiled for sm_90; it has not been timed on a GPU yet.
-The policy does not call it yet: its block is overridden part by part by `self_attention`.
+Where torch is chosen the policy's block calls its modules (`vla.policy.action_decoders.cross_attention`).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vla.errors import UserError
-from vla.kernels.dispatch import Choice, choose, triton_refusal
-from vla.kernels.launch import INTERPRETED, TritonKernel, cdiv, power_of_two, unit_stride
+from vla.kernels.dispatch import Choice, choose, product_refusal, triton_refusal
+from vla.kernels.launch import INTERPRETED, TritonKernel, cdiv, in_autocast, power_of_two, unit_stride
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -340,24 +340,25 @@ def _refusal(x: Tensor, heads: int, weights) -> str | None:
         return f"a chunk of {x.shape[1]} rows exceeds {MOST_ROWS}"
     if x.shape[2] // heads > WIDEST:
         return f"heads of {x.shape[2] // heads} channels exceed {WIDEST}"
-    if any(weight.dtype != x.dtype for weight in weights):
-        return f"the weights are not all {x.dtype} as the rows are"
-    return triton_refusal(x)
+    told = [product_refusal(x, weight) for weight in weights if weight.ndim == 2]
+    return next(filter(None, told), triton_refusal(x))
 
 
 def action_expert_block(
     x: Tensor, k_action: Tensor, v_action: Tensor, k_vision: Tensor, v_vision: Tensor, *weights: Tensor,
     heads: int, eps: float = 1e-5, path: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """One block: rows `x` (B, R, d) to rows (B, R, d), of one dtype.
+    """One block: rows `x` (B, R, d) to rows (B, R, d).
 
     `k_action` and `v_action` (B, A, d), A at least 1, and `k_vision` and `v_vision` (B, V, d) are the
     projected streams, heads side by side. `weights` are the block's parameters in the order of `WEIGHTS`:
-    matrices (d, d), vectors (d), the gate a scalar. Raises `UserError` for other shapes or a `path` that
-    cannot run.
+    matrices (d, d), vectors (d), the gate a scalar. Rows, streams and matrices are of one dtype, or under
+    autocast, whose dtype they then take. Raises `UserError` for other shapes or a `path` that cannot run.
     """
     _check(x, (k_action, v_action), (k_vision, v_vision), weights, heads)
-    arguments = (x, k_action, v_action, k_vision, v_vision, *weights)
+    weights = tuple(in_autocast(weight)[0] if weight.ndim == 2 else weight for weight in weights)
+    arguments = (*in_autocast(x, k_action, v_action, k_vision, v_vision), *weights)
+    x = arguments[0]
     if dispatch(x, heads, weights, path).path == "torch":
         return torch_path(*arguments, heads=heads, eps=eps)
     return torch.ops.cogmerge.action_expert_block(*arguments, heads, eps)

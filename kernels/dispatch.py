@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vla.errors import UserError
-from vla.kernels.launch import INTERPRETED, TRITON_INSTALLED
+from vla.kernels.launch import INTERPRETED, TRITON_INSTALLED, product_dtype
 
 PATHS = ("torch", "triton")
 
@@ -70,6 +70,17 @@ def triton_refusal(tensor: Tensor) -> str | None:
     if tensor.dtype not in TRITON_DTYPES:
         return f"the Triton kernels do not take {tensor.dtype}"
     return None
+
+
+def product_refusal(x: Tensor, weight: Tensor) -> str | None:
+    """Why no Triton kernel can multiply rows `x` by `weight`, or None where one can.
+
+    They are of one dtype, or will be, because autocast is on.
+    """
+    refusal = triton_refusal(x)
+    if refusal is None and product_dtype(x) != product_dtype(weight):
+        return f"the weights are {weight.dtype} and the rows {x.dtype}"
+    return refusal
 
 
 def product_unsuited(rows: int, x: Tensor, weight: Tensor) -> str | None:

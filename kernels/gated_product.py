@@ -13,7 +13,7 @@ holds both sums of its columns until they are multiplied. Backward, with ``g`` a
 
 The Triton path has run in the interpreter and been compiled for sm_90; it has not been timed on a GPU yet.
 What it has to beat there is two cuBLAS products and a pointwise kernel in a captured graph. Where torch is
-chosen the policy calls the MLP's module, which sharding and low-rank factors need.
+chosen the policy calls the MLP's module (`vla.policy.layer_parts`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vla.errors import UserError
-from vla.kernels.dispatch import Choice, choose, product_unsuited, triton_refusal
+from vla.kernels.dispatch import Choice, choose, product_refusal, product_unsuited
 from vla.kernels.launch import INTERPRETED, TritonKernel, cdiv, in_autocast, power_of_two
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ GATED_KERNEL = TritonKernel(_gated_kernel)
 )
 def _op(x, gate, up):
     outputs, inputs = gate.shape
-    if _refusal(x, gate) is not None:
+    if product_refusal(x, gate) is not None:
         g, u = _products(x, gate, up)
         return (F.silu(g) * u).to(x.dtype)
     x, gate, up = x.contiguous(), gate.contiguous(), up.contiguous()
@@ -123,13 +123,7 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 def dispatch(x: Tensor, gate: Tensor, path: str | None = None) -> Choice:
     """The path that `gated_product` takes for rows `x` and the weight `gate`, and why."""
     unsuited = product_unsuited(x.numel() // max(x.shape[-1], 1), x, gate)
-    return choose("gated_product", _refusal(x, gate), path, unsuited)
-
-
-def _refusal(x: Tensor, gate: Tensor) -> str | None:
-    if gate.dtype != x.dtype:
-        return f"the weights are {gate.dtype} and the rows {x.dtype}"
-    return triton_refusal(x)
+    return choose("gated_product", product_refusal(x, gate), path, unsuited)
 
 
 def gated_product(x: Tensor, gate: Tensor, up: Tensor, path: str | None = None) -> Tensor:

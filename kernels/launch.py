@@ -71,9 +71,14 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which torch multiplies by `x`: autocast's where that is switched on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """`tensors` in autocast's dtype where that is switched on: what torch does before its own products."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(tensors[0].device.type):
         return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    return tuple(tensor.to(product_dtype(tensor)) for tensor in tensors)

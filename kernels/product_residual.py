@@ -9,8 +9,8 @@ Few rows make few programs: tiles have as many columns as leave every processor 
     dr = dy,   dx = dy W,   dW = dy' x
 
 The Triton path has run in the interpreter and been compiled for sm_90; it has not been timed on a GPU yet.
-The policy does not call it: in front of every MLP the residual is already part of `add_film_norm`, and behind
-one of `scatter_residual`; what is left are dense layers.
+The policy calls it behind the MLP of its dense layers (`vla.policy.layer_parts`): in front of every MLP the
+residual is part of `add_film_norm`, and behind that of a routed layer part of `scatter_residual`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vla.errors import UserError
-from vla.kernels.dispatch import Choice, choose, product_unsuited, triton_refusal
+from vla.kernels.dispatch import Choice, choose, product_refusal, product_unsuited
 from vla.kernels.launch import INTERPRETED, TritonKernel, cdiv, in_autocast, power_of_two
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ PRODUCT_KERNEL = TritonKernel(_product_kernel)
 )
 def _op(residual, x, weight):
     outputs, inputs = weight.shape
-    if _refusal(x, weight) is not None:
+    if product_refusal(x, weight) is not None:
         work = torch.promote_types(residual.dtype, torch.float32)
         return torch_path(residual.to(work), x.to(work), weight.to(work)).to(residual.dtype)
     residual, x, weight = residual.contiguous(), x.contiguous(), weight.contiguous()
@@ -109,13 +109,7 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 def dispatch(x: Tensor, weight: Tensor, path: str | None = None) -> Choice:
     """The path that `product_residual` takes for rows `x` and the weight, and why."""
     unsuited = product_unsuited(x.numel() // max(x.shape[-1], 1), x, weight)
-    return choose("product_residual", _refusal(x, weight), path, unsuited)
-
-
-def _refusal(x: Tensor, weight: Tensor) -> str | None:
-    if weight.dtype != x.dtype:
-        return f"the weights are {weight.dtype} and the rows {x.dtype}"
-    return triton_refusal(x)
+    return choose("product_residual", product_refusal(x, weight), path, unsuited)
 
 
 def product_residual(residual: Tensor, x: Tensor, weight: Tensor, path: str | None = None) -> Tensor:

@@ -14,8 +14,7 @@ before rotation and ``p`` what a projection gives::
     dx = sum dp W,   dW = dp' x,   dbias = sum dp
 
 The Triton path has run in the interpreter and been compiled for sm_90; it has not been timed on a GPU yet.
-The policy does not call it: transformers' attention would have to be taken apart for it, which is worth it
-only if ``scripts/gpu_check`` finds it ahead of cuBLAS.
+Where torch is chosen the policy calls transformers' attention as it is (`vla.policy.layer_parts`).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vla.errors import UserError
-from vla.kernels.dispatch import Choice, choose, product_unsuited, triton_refusal
+from vla.kernels.dispatch import Choice, choose, product_refusal, product_unsuited
 from vla.kernels.launch import INTERPRETED, TritonKernel, cdiv, in_autocast, power_of_two
 
 if TYPE_CHECKING:
@@ -208,11 +207,9 @@ def dispatch(x: Tensor, q: Tensor, cos: Tensor, path: str | None = None) -> Choi
 
 
 def _refusal(x: Tensor, q: Tensor, cos: Tensor) -> str | None:
-    if q.dtype != x.dtype:
-        return f"the weights are {q.dtype} and the rows {x.dtype}"
     if cos.shape[-1] > WIDEST:
         return f"heads of {cos.shape[-1]} channels exceed {WIDEST}"
-    return triton_refusal(x)
+    return product_refusal(x, q)
 
 
 def qkv_rope(

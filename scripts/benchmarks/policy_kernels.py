@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from benchmarks.latency import load_preset
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vla.errors import UserError
 from vla.kernels.dispatch import qualified
@@ -32,8 +33,11 @@ SWITCHES = (
     ("film_route_select", "select_gather_norm"),  # the second reads what the first computes on the way
     ("scatter_residual",),
     ("gated_product",),
+    ("product_residual",),
+    ("qkv_rope",),
+    ("action_expert_block",),
 )
-"""Operations that the policy calls, in the order in which they are tried."""
+"""Operations that policies call, in the order in which they are tried."""
 GAIN = 0.01
 ROUNDS = 40
 PRESETS = ("nano", "mergevla-0.5b")
@@ -68,14 +72,26 @@ def measure(presets: Sequence[str], deadline: float) -> list[dict[str, Any]]:
     found = []
     for preset in presets:
         if time.monotonic() >= deadline:
-            found.append({"preset": preset, "rows": [], "kept": [], "failed": {}, "left_out": ["all"]})
+            found.append(
+                {
+                    "preset": preset,
+                    "rows": [],
+                    "kept": [],
+                    "failed": {},
+                    "left_out": ["all"],
+                    "not_called": [],
+                }
+            )
             continue
         loaded = load_preset(preset, torch.device("cuda"))
         try:
             difference = fp32_difference(loaded)
         except kernel_failures():  # which of them, the switches tell
             difference = math.inf
-        tried = try_switches(lambda ops, loaded=loaded: captured_step(loaded, ops), in_turns, deadline)
+        called = called_operations(lambda ops, loaded=loaded: eager_step(loaded, ops))
+        tried = try_switches(
+            lambda ops, loaded=loaded: captured_step(loaded, ops), in_turns, deadline, called
+        )
         found.append({"preset": preset, "fp32_difference": difference, **tried})
         del loaded
         torch.cuda.empty_cache()
@@ -94,6 +110,43 @@ def captured_step(loaded: LoadedPolicy, ops: Sequence[str], mode: str = "bf16") 
     return lambda: program(observation, constants)
 
 
+def eager_step(loaded: LoadedPolicy, ops: Sequence[str]) -> None:
+    """One step in bf16 that is not captured, with the Triton kernels of `ops` and no others."""
+    device = next(loaded.policy.parameters()).device
+    with qualified(ops), torch.autocast(device.type, torch.bfloat16):
+        loaded.act(*random_requests(loaded.contract, 1)[0])
+
+
+def called_operations(run: Callable[[Sequence[str]], object]) -> set[str]:
+    """Which operations of `SWITCHES` `run` calls where each is on alone.
+
+    Another decoder or action head may leave no place for one: its time would differ by chance only. One that
+    CUDA or Triton stops counts as called, for `try_switches` to tell.
+    """
+    called = set()
+    for switch in SWITCHES:
+        with _Calls() as calls:
+            try:
+                run(switch)
+            except kernel_failures():
+                called.update(switch)
+        called |= calls.names & set(switch)
+    return called
+
+
+class _Calls(TorchDispatchMode):
+    """Names of our custom operations that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "cogmerge":
+            self.names.add(function.name().split("::")[1])
+        return function(*args, **kwargs or {})
+
+
 def fp32_difference(loaded: LoadedPolicy) -> float:
     """Relative difference between the actions with all kernels and with none."""
     none, every = (captured_step(loaded, ops, "fp32")() for ops in ((), [op for s in SWITCHES for op in s]))
@@ -104,17 +157,22 @@ def try_switches(
     build: Callable[[Sequence[str]], Step],
     time_both: Callable[[Step, Step], tuple[float, float]],
     deadline: float,
+    called: Collection[str],
 ) -> dict[str, Any]:
     """Turn on one switch after the other and keep what makes the step faster.
 
     `build` makes a step with some operations on; `time_both` returns the milliseconds of two steps. A switch
-    that CUDA or Triton stops is in ``failed``, with the reason.
+    that CUDA or Triton stops is in ``failed``, with the reason; one of which the policy calls nothing, as
+    `called` says, in ``not_called``.
     """
     kept: list[str] = []
-    rows, left_out, failed = [], [], {}
+    rows, left_out, failed, not_called = [], [], {}, []
     best = build(kept)
     for switch in SWITCHES:
         name = " + ".join(switch)
+        if not set(switch) & set(called):
+            not_called.append(name)
+            continue
         if time.monotonic() >= deadline:
             left_out.append(name)
             continue
@@ -131,7 +189,7 @@ def try_switches(
         )
         if stays:
             kept, best = [*kept, *switch], step
-    return {"rows": rows, "kept": kept, "left_out": left_out, "failed": failed}
+    return {"rows": rows, "kept": kept, "left_out": left_out, "failed": failed, "not_called": not_called}
 
 
 def in_turns(first: Step, second: Step) -> tuple[float, float]:

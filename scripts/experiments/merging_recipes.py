@@ -1,7 +1,7 @@
 """The recipes of `scripts/experiment_merging`: every method with and without task masks, and the naive one.
 
     merging_recipes.py FOLDER --base RUN --experts RUN... [--methods ties ...] [--rescaled ties ...]
-        [--lam 0.6] [--private head]
+        [--lam 0.6] [--private head state_projector]
 
 `naive.yaml` averages everything that the experts changed, heads included: one network for all tasks. All
 other recipes keep, as MergeVLA does, a private part of each head (what `vla.policy.head.head_parts` says of
@@ -51,10 +51,10 @@ class Options:
     methods: tuple[str, ...] = tuple(METHODS)
     """Merging methods."""
     rescaled: tuple[str, ...] = ()
-    """Methods that have a recipe with rescaled masks too; and of two bits, where a method has them."""
+    """Of the methods, those with a recipe of rescaled masks too; and of two bits, where a method has them."""
     lam: float = 0.6
     """Threshold of the task masks."""
-    private: tuple[str, ...] = ("head",)
+    private: tuple[str, ...] = ("head", "state_projector")
     """What each task keeps: head, and film, routers or state_projector too."""
     seed: int = 0
     """Of methods that draw random numbers."""
@@ -62,6 +62,8 @@ class Options:
 
 def write_recipes(options: Options) -> list[str]:
     """Write all recipes and return their names; raises `UserError` for an unknown method or part."""
+    for name in options.rescaled:
+        make_method(name)
     base = resolve_checkpoint(options.base).resolve()
     folders = [(find_expert(path) or path).resolve() for path in options.experts]
     full = sorted({name for path in folders for name in LoraExpert.load(path).full_tensors})

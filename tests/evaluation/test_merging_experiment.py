@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from tiny_skills import save_tiny_base, save_tiny_expert
 
+from vla.errors import UserError
 from vla.evaluation.plan import make_plan
 from vla.evaluation.records import EpisodeLog, EpisodeRecord
 from vla.experts.merge import merge
@@ -237,12 +238,21 @@ def recipes(tmp_path_factory):
             methods=("ties", "emr"),
             rescaled=("ties", "emr"),
             lam=0.7,
+            private=("head",),
         )
     )
     assert names == ["naive", "ties", "ties+masks", "ties+masks+rescaled", "emr+masks"]
     for name in names:
         merge(load_recipe(folder / "recipes" / f"{name}.yaml"), folder / "merges" / name)
     return folder
+
+
+def test_a_method_to_rescale_that_there_is_not_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UserError, match=r"no merging method 'tie'\. Did you mean 'ties'"):
+        merging_recipes.write_recipes(
+            merging_recipes.Options(tmp_path / "out", tmp_path, (tmp_path,), rescaled=("tie",))
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_naive_recipe_averages_everything_and_the_others_keep_heads(recipes):

@@ -52,6 +52,14 @@ def pretrained():
     return lambda: loaded.act(*requests(1)[0])
 
 
+def narrow():
+    """The traced step in bf16, as on a GPU, with an action expert: rows and weights come in two dtypes."""
+    runtime = PolicyEngine(small_checkpoint(**shrunk("mergevla-0.5b")), "bf16")
+    request = requests(1)[0]
+    runtime.act(*request)
+    return lambda: runtime.act(*request)
+
+
 def learning():
     """A loss and the sizes of all gradients."""
     loaded = small_checkpoint(decoder_layers=2)
@@ -72,7 +80,7 @@ def main(out: Path) -> None:
     """Run every case and write ``{case: {"values": ..., "ops": {name: calls}}}``."""
     torch.set_num_threads(1)
     found = {}
-    for case in (routed, engine, pretrained, learning):
+    for case in (routed, engine, pretrained, narrow, learning):
         run = case()
         with Calls() as calls:
             values = run()

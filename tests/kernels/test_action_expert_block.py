@@ -119,6 +119,20 @@ def test_triton_path(case, dtype, triton_path, close_to_reference):
         close_to_reference(*(list(side) for side in zip(*pairs, strict=True)), dtype, factor=10)
 
 
+def test_under_autocast_it_computes_in_its_dtype_as_the_policys_block_does(triton_path):
+    """Rows leave one block in bf16 and enter the next, whose parameters are fp32."""
+    x, *rest = arguments(CASES[1], torch.float32)
+    heads = CASES[1][-1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dispatch(x.bfloat16(), heads, tuple(rest[4:])).reason == dispatch(x, heads).reason
+        want = action_expert_block(x.bfloat16(), *rest, heads=heads)
+    streams, weights = (t.bfloat16() for t in rest[:4]), rest[4:]
+    narrow = [t.bfloat16() if t.ndim == 2 else t for t in weights]
+    got = triton_path("action_expert_block", x.bfloat16(), *streams, *narrow, heads=heads)[0][0]
+    assert want.dtype == got.dtype == torch.bfloat16
+    assert (got.float() - want.float()).norm() <= 0.02 * want.float().norm()
+
+
 def test_streams_may_be_slices_of_a_larger_tensor(triton_path, close_to_reference):
     """Keys and values of one projection, side by side, are read where they lie."""
     x, _, _, _, _, *weights = arguments(CASES[1], torch.float32)
@@ -158,8 +172,10 @@ def test_compiles_without_a_graph_break():
 
 def test_dispatch_leaves_batches_and_training_to_torch(monkeypatch):
     from vla.kernels import action_expert_block as file
+    from vla.kernels import dispatch as dispatching
 
-    monkeypatch.setattr(file, "triton_refusal", lambda x: None)
+    for place in (file, dispatching):
+        monkeypatch.setattr(place, "triton_refusal", lambda x: None)
     monkeypatch.setattr("vla.kernels.dispatch.QUALIFIED", frozenset({"action_expert_block"}))
     monkeypatch.setattr("vla.kernels.dispatch.INTERPRETED", False)
     monkeypatch.setattr("vla.kernels.dispatch.FORCED", None)
@@ -172,7 +188,7 @@ def test_dispatch_leaves_batches_and_training_to_torch(monkeypatch):
         assert dispatch(x, 2, (trained,)).path == "triton"
     assert "65 rows" in dispatch(torch.zeros(1, 65, 16), 2).reason
     assert "260 channels" in dispatch(torch.zeros(1, 1, 520), 2).reason
-    assert "not all torch.float32" in dispatch(x, 2, (weight.half(),)).reason
+    assert "torch.float16 and the rows torch.float32" in dispatch(x, 2, (weight.half(),)).reason
 
 
 @pytest.mark.parametrize(

@@ -100,9 +100,7 @@ def test_under_autocast_it_computes_in_its_dtype_as_the_mlp_does():
 
 
 def test_dispatch_leaves_many_rows_and_training_to_cublas(monkeypatch):
-    from vla.kernels import gated_product as file
-
-    monkeypatch.setattr(file, "triton_refusal", lambda x: None)
+    monkeypatch.setattr("vla.kernels.dispatch.triton_refusal", lambda x: None)
     monkeypatch.setattr("vla.kernels.dispatch.QUALIFIED", frozenset({"gated_product"}))
     monkeypatch.setattr("vla.kernels.dispatch.INTERPRETED", False)
     monkeypatch.setattr("vla.kernels.dispatch.FORCED", None)

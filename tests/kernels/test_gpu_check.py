@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import vla.kernels
+from vla.evaluation.policy_source import SHIPPED_CHECKPOINT
 from vla.kernels import microbenchmark
+from vla.policy.checkpoint import load_checkpoint
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu_check"
 FRAME = {"__init__", "attend", "dispatch", "launch", "microbenchmark"}
@@ -82,8 +84,14 @@ def test_a_switch_stays_on_if_the_whole_step_gets_faster_among_those_that_stayed
         built.append(tuple(ops))
         return 10.0 - sum(saves.get(op, 0.0) for op in ops)
 
-    found = policy_kernels.try_switches(build, lambda a, b: (a, b), time.monotonic() + 60)
+    def turn_on(build, seconds):
+        every = {op for switch in policy_kernels.SWITCHES for op in switch}
+        called = every - {"product_residual", "select_gather_norm", "action_expert_block"}
+        return policy_kernels.try_switches(build, lambda a, b: (a, b), time.monotonic() + seconds, called)
+
+    found = turn_on(build, 60)
     assert found["kept"] == ["add_film_norm", "gated_product"] and not found["left_out"]
+    assert found["not_called"] == ["product_residual", "action_expert_block"]
     assert built == [
         (),
         ("coupled_attention",),
@@ -91,6 +99,7 @@ def test_a_switch_stays_on_if_the_whole_step_gets_faster_among_those_that_stayed
         ("add_film_norm", "film_route_select", "select_gather_norm"),
         ("add_film_norm", "scatter_residual"),
         ("add_film_norm", "gated_product"),
+        ("add_film_norm", "gated_product", "qkv_rope"),
     ]
     rows = {row["switch"]: row for row in found["rows"]}
     assert rows["gated_product"]["without_ms"] == 9.0 and rows["gated_product"]["with_ms"] == 7.0
@@ -100,10 +109,31 @@ def test_a_switch_stays_on_if_the_whole_step_gets_faster_among_those_that_stayed
             raise RuntimeError("shared\nmemory")
         return build(ops)
 
-    stopped = policy_kernels.try_switches(refuse, lambda a, b: (a, b), time.monotonic() + 60)
+    stopped = turn_on(refuse, 60)
     assert stopped["kept"] == found["kept"] and stopped["failed"] == {"scatter_residual": "shared memory"}
-    late = policy_kernels.try_switches(build, lambda a, b: (a, b), time.monotonic() - 1)
-    assert late["kept"] == [] and len(late["left_out"]) == len(policy_kernels.SWITCHES)
+    late = turn_on(build, -1)
+    assert late["kept"] == []
+    assert len(late["left_out"]) + len(late["not_called"]) == len(policy_kernels.SWITCHES)
+
+
+def test_what_a_policy_does_not_call_is_not_timed(policy_kernels):
+    def run(ops):
+        if "qkv_rope" in ops:
+            raise RuntimeError("out of shared memory")
+        x = torch.ones(1, 2, 4)
+        if "gated_product" in ops:
+            x = torch.ops.cogmerge.gated_product(x, torch.ones(4, 4), torch.ones(4, 4))
+        if "add_film_norm" not in ops:  # what is not on alone does not count
+            torch.ops.cogmerge.product_residual(x, x, torch.ones(4, 4))
+        return x
+
+    want = {"gated_product", "product_residual", "qkv_rope"}
+    assert policy_kernels.called_operations(run) == want
+
+
+def test_on_a_cpu_a_policy_calls_no_kernel(policy_kernels):
+    loaded = load_checkpoint(SHIPPED_CHECKPOINT)
+    assert policy_kernels.called_operations(lambda ops: policy_kernels.eager_step(loaded, ops)) == set()
 
 
 def test_a_kernel_qualifies_where_it_helps_one_policy_and_harms_none(policy_kernels):

@@ -61,11 +61,24 @@ def test_masked_out_weights_are_the_base_bit_for_bit(triton_path):
     _, base, delta, packed = arguments((64,), torch.float32)
     kept = torch.tensor([bool(packed[i // 8] >> i % 8 & 1) for i in range(64)])
     delta[~kept] = torch.nan
+    base[:8] = -0.0
     for out in (
         masked_delta_apply(torch.empty(64), base, delta, packed),
         triton_path("masked_delta_apply", torch.empty(64), base, delta, packed)[0][0].cpu(),
     ):
-        assert torch.equal(out[~kept], base[~kept]) and out.isfinite().all()
+        assert torch.equal(out[~kept].view(torch.int32), base[~kept].view(torch.int32))
+        assert out.isfinite().all()
+
+
+def test_a_tensor_of_several_blocks_written_with_gaps(monkeypatch):
+    monkeypatch.setattr("vla.kernels.masked_delta_apply.BLOCK", 64)
+    _, base, delta, packed = arguments((13, 15), torch.float32)
+    want = reference(base, delta, packed, 0.3)
+    for out in (torch.empty(13, 15), torch.empty(15, 13).T, torch.empty(0)):
+        n = out.numel()  # the last is empty
+        given = (t.reshape(-1)[:n].view(out.shape) for t in (base, delta))
+        got = masked_delta_apply(out, *given, packed[: (n + 7) // 8], 0.3)
+        torch.testing.assert_close(got.double(), want.reshape(-1)[:n].view(out.shape))
 
 
 def test_switches_a_live_parameter_in_place():

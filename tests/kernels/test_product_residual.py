@@ -90,9 +90,7 @@ def test_custom_op_is_registered_properly_and_compiles_without_a_graph_break():
 
 
 def test_dispatch_leaves_many_rows_and_training_to_cublas(monkeypatch):
-    from vla.kernels import product_residual as file
-
-    monkeypatch.setattr(file, "triton_refusal", lambda x: None)
+    monkeypatch.setattr("vla.kernels.dispatch.triton_refusal", lambda x: None)
     monkeypatch.setattr("vla.kernels.dispatch.QUALIFIED", frozenset({"product_residual"}))
     monkeypatch.setattr("vla.kernels.dispatch.INTERPRETED", False)
     monkeypatch.setattr("vla.kernels.dispatch.FORCED", None)

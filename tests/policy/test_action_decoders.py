@@ -296,15 +296,15 @@ def test_logits_of_a_case_small_enough_for_paper():
             linear.bias.zero_()
         block.gate.fill_(math.log(3))
     x = torch.tensor([[[1.0, 2.0]]])
-    k_action = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]])
-    k_vision = torch.tensor([[[[1.0, 1.0]]]])
+    k_action = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    k_vision = torch.tensor([[[1.0, 1.0]]])
     logits = block.logits(x, k_action, k_vision) * math.sqrt(2)
     torch.testing.assert_close(logits, torch.tensor([[[[1.0, 2.0, 0.75 * 6.0]]]]))
 
 
 def attention_shares(block, x, h_action, h_vision):
     keys, _ = block.action_stream(x, h_action)
-    return block.logits(x, keys, block._split(block.k_vision(h_vision))).softmax(-1)
+    return block.logits(x, keys, block.k_vision(h_vision)).softmax(-1)
 
 
 @layered

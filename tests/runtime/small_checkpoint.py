@@ -1,18 +1,21 @@
 """A policy small enough to trace in a second, with processors and contract, whose routers and FiLMs act."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from lerobot.configs import FeatureType, PolicyFeature
 
 from vla.policy.checkpoint import LoadedPolicy
-from vla.policy.configuration_cogmerge import CogMergeConfig
 from vla.policy.manifest import make_contract
 from vla.policy.modeling_cogmerge import CogMergePolicy
 from vla.policy.presets import PRESETS
 from vla.policy.processor_cogmerge import make_cogmerge_pre_post_processors
 from vla.sim.simulation import sim_interface
+
+sys.path.append(str(Path(__file__).parents[1] / "policy"))
+
+from small_config import small_config
 
 SIZE = 64
 INSTRUCTIONS = (
@@ -24,29 +27,7 @@ INSTRUCTIONS = (
 
 def small_checkpoint(**changes) -> LoadedPolicy:
     interface = sim_interface(SIZE)
-    image = PolicyFeature(FeatureType.VISUAL, (3, SIZE, SIZE))
-    sizes = {
-        "image_size": 32,
-        "stem_width": 16,
-        "vision_dim": 32,
-        "vision_layers": 2,
-        "vision_heads": 2,
-        "aggregation_tokens": 4,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "decoder_layers": 3,
-        "decoder_heads": 2,
-        "decoder_kv_heads": 2,
-        "chunk_size": 4,
-        "n_action_steps": 4,
-    }
-    config = CogMergeConfig(
-        device="cpu",
-        input_features={camera.key: image for camera in interface.cameras}
-        | {"observation.state": PolicyFeature(FeatureType.STATE, (8,))},
-        output_features={"action": PolicyFeature(FeatureType.ACTION, (7,))},
-        **sizes | changes,
-    )
+    config = small_config(**changes)
     generator = np.random.default_rng(0)
     statistics = {
         key: {

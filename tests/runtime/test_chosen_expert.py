@@ -14,7 +14,8 @@ from vla.experts.merge import merge
 from vla.experts.recipe import load_recipe
 from vla.policy.checkpoint import load_checkpoint
 from vla.robot_drivers.so101.calibration import JOINTS, JointCalibration
-from vla.runtime.robot.policy_source import ExpertChoice, open_policy
+from vla.runtime.robot.policy_source import open_policy
+from vla.serving.experts import ExpertChoice
 
 CALIBRATION = {name: JointCalibration(id, 0, 0, 1000, 3000) for id, name in enumerate(JOINTS, 1)}
 TAUGHT = {"place": ("put the cube in the bowl",), "wave": ("wave your hand", "say hello")}
@@ -46,7 +47,7 @@ def seen(seed: int = 0):
 
 
 def opened(folder: Path, task: str, engine: str | None = None, **choice):
-    return open_policy(folder, None, None, "cpu", engine, ExpertChoice(task, **choice))
+    return open_policy(folder, None, None, "cpu", engine, ExpertChoice(**choice), task)
 
 
 @pytest.mark.parametrize("task", ["put the cube in the bowl", "say hello"])

@@ -1,6 +1,10 @@
 """The inference engine against the policy that it stands in for."""
 
 import copy
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -328,16 +332,23 @@ def test_speeds_are_kept_by_architecture_and_not_by_training(loaded):
     assert "optimizer_lr" in CogMergeConfig.__dataclass_fields__
 
 
-def test_measuring_gives_a_time_for_every_engine(loaded, engine):
-    class Slow:
+def test_measuring_gives_the_median_call_of_every_engine_after_its_program_is_built(monkeypatch):
+    now = 0.0
+
+    class Engine:
+        """Takes 100 s to build a program, then `seconds` a call, but thrice that every third time."""
+
+        def __init__(self, seconds):
+            self.seconds, self.calls = seconds, 0
+
         def act(self, *request):
-            import time
+            nonlocal now
+            self.calls += 1
+            now += 100.0 if self.calls == 1 else self.seconds * (3 if self.calls % 3 == 0 else 1)
 
-            time.sleep(0.02)
-            return engine.act(*request)
-
-    seconds = probe.measure({"slow": Slow(), "fast": engine}, requests(1)[0])
-    assert seconds["slow"] > seconds["fast"] + 0.015
+    monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=lambda: now))
+    seconds = probe.measure({"slow": Engine(0.02), "fast": Engine(0.005)}, requests(1)[0])
+    assert seconds == pytest.approx({"slow": 0.02, "fast": 0.005})
 
 
 def test_random_requests_are_always_the_same_and_fit_the_contract(loaded):
@@ -349,6 +360,7 @@ def test_random_requests_are_always_the_same_and_fit_the_contract(loaded):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("mode", ["fp32", "bf16"])
 def test_a_captured_step_equals_the_same_kernels_launched_one_by_one_and_never_waits(mode):
     checkpoint = small_checkpoint()
@@ -372,6 +384,23 @@ def test_a_captured_step_equals_the_same_kernels_launched_one_by_one_and_never_w
         torch.cuda.set_sync_debug_mode("default")
     expected = captured._run.run(*observation, *instruction)
     assert torch.equal(got, expected) and torch.equal(got, again)
+
+
+def test_code_that_was_compiled_for_more_threads_is_not_run_by_one(tmp_path):
+    """torch keeps compiled code on disk and does not ask for how many threads it was made."""
+    program = """
+import torch
+from vla.runtime.program import compiler_options
+
+for threads in (2, 1):
+    torch.set_num_threads(threads)
+    torch._dynamo.reset()
+    torch.compile(lambda x: (x * 2).sin(), options=compiler_options())(torch.randn(1 << 20))
+"""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True)
+    kernels = [path.read_text() for path in tmp_path.rglob("*.main.cpp")]
+    assert len(kernels) == 2 and sum("num_threads(2)" in kernel for kernel in kernels) == 1
 
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch):

@@ -90,9 +90,13 @@ def test_the_engine_answers_as_the_checkpoint_does():
     from vla.policy.checkpoint import load_checkpoint
     from vla.serving.serve import ServeConfig, serve_source
 
-    served = serve_source(CheckpointSource.open(SHIPPED_CHECKPOINT), ServeConfig(device="cpu", engine="fp32"))
+    said = []
+    config = ServeConfig(device="cpu", engine="fp32")
+    served = serve_source(CheckpointSource.open(SHIPPED_CHECKPOINT), config, said.append)
     loaded = load_checkpoint(SHIPPED_CHECKPOINT)
-    assert served.contract == loaded.contract
+    assert served.contract == loaded.contract and served.identity["engine"] == "fp32"
+    assert len(said) == 2 and said[1].startswith("The engine answers in mode fp32, in ")
+    assert served.make_policy()._loaded._programs  # built before the first client asks
     rng = np.random.default_rng(1)
     images = {
         camera.key: rng.integers(0, 256, (camera.height, camera.width, 3), np.uint8)

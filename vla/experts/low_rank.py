@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,11 @@ class LowRank:
         return self.b.shape[1]
 
     def dense(self) -> Tensor:
-        """The matrix, (m, n)."""
+        """The matrix, (m, n), computed once: not to be written to."""
+        return self._dense
+
+    @cached_property
+    def _dense(self) -> Tensor:
         return self.b @ self.a
 
     def svd(self) -> Svd:

@@ -43,6 +43,7 @@ from vla.experts.merging.weighted_average import weighted_average
 from vla.experts.recipe import Recipe, load_recipe
 from vla.experts.task_masks import (
     MaskRatios,
+    magnitudes,
     pack,
     projection_scale,
     scale_factor,
@@ -253,6 +254,7 @@ class _Stream:
             self.rescaled.append(name)
         if self.recipe.null_model:
             del merged, used
+            updates = [LowRank(update.b, update.a) for update in updates]  # lets go of their matrices
             self._count_null_model(step, updates, context)
 
     def _write_masks(self, name: str, step: Step, m: int, delta: Tensor, merged: Tensor) -> Tensor:
@@ -260,8 +262,9 @@ class _Stream:
         expert = self.inputs.names[m]
         mask, negated = step.setting.task_bits(delta, merged)
         if step.setting.method.own_scale:
-            self._norms[m][0] += float(delta.abs().sum(dtype=torch.float64))
-            self._norms[m][1] += float(merged[mask].abs_().sum(dtype=torch.float64))
+            self._norms[m] = [
+                a + b for a, b in zip(self._norms[m], magnitudes(delta, merged, mask), strict=True)
+            ]
         if step.setting.rescale:
             scale = projection_scale(delta, signed_update(merged, mask, negated))
             self.projected.setdefault(expert, {})[name] = scale

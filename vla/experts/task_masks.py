@@ -8,6 +8,7 @@ task. Masks are stored one bit per weight; those in {-1, 0, 1, 2} as two, see `s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -32,14 +33,24 @@ def task_mask(delta: Tensor, merged: Tensor, lam: float) -> Tensor:
 
 def signed_update(merged: Tensor, mask: Tensor, negated: Tensor | None = None) -> Tensor:
     """``S_m ⊙ τ_merge`` in float32: ``S_m`` is 1 at `mask`, -1 at `negated` (if given), 2 at both, else 0."""
-    merged = merged.float()
-    used = torch.where(mask, merged, 0)
-    return used if negated is None else torch.where(negated, torch.where(mask, 2 * merged, -merged), used)
+    level = mask.to(torch.int8)
+    if negated is not None:
+        level = level + (2 * level - 1) * negated.to(torch.int8)
+    return merged.float() * level
 
 
 def used_entries(mask: Tensor, negated: Tensor | None) -> Tensor:
     """Where a task uses the merge, in any way."""
     return mask if negated is None else mask | negated
+
+
+def kept_entries(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` where `mask` is set, else 0.
+
+    A product, and not `torch.where`: on the CPU that jumps at every entry, which takes twenty times as long
+    where no run of entries goes the same way, as in a task mask.
+    """
+    return values * mask.view(torch.uint8)  # torch multiplies by bytes three times as fast as by booleans
 
 
 def projection_scale(delta: Tensor, masked: Tensor) -> float:
@@ -49,9 +60,20 @@ def projection_scale(delta: Tensor, masked: Tensor) -> float:
     task's own. EMR's rescaler (arXiv 2405.17461) restores a sum of magnitudes instead, over all tensors. 1
     where the two do not point the same way.
     """
-    along = float(torch.sum(delta * masked, dtype=torch.float64))
-    own = float(torch.sum(delta.square(), dtype=torch.float64))
+    sums = ((whole.square(), whole * used) for whole, used in blocks(delta, masked))
+    own, along = (math.fsum(each) for each in zip(*(map(_sum, pair) for pair in sums), strict=True))
     return scale_factor(own, along)
+
+
+def magnitudes(delta: Tensor, merged: Tensor, mask: Tensor) -> tuple[float, float]:
+    """``Σ|τ_m|`` and ``Σ|S_m ⊙ τ_merge|`` of one tensor: what EMR's factor is made of."""
+    parts = blocks(delta, merged, mask)
+    sums = ((own.abs(), kept_entries(other.abs(), used)) for own, other, used in parts)
+    return tuple(math.fsum(each) for each in zip(*(map(_sum, pair) for pair in sums), strict=True))
+
+
+def _sum(x: Tensor) -> float:
+    return float(torch.sum(x, dtype=torch.float64))
 
 
 def scale_factor(own: float, used: float) -> float:

@@ -11,6 +11,7 @@ the actions by no more than a tolerance (`vla.runtime.probe`).
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
@@ -64,6 +65,19 @@ class PolicyEngine:
         observation = self.observe(filled)
         program, constants = self._heard(tuple(instruction for _, _, instruction in filled), observation)
         return program(observation, constants)[: len(requests)].cpu().numpy()
+
+    def warm_up(self, instruction: str | None = None) -> float:
+        """Build the program for one observation and `instruction`; return the seconds of an answer after it.
+
+        Instructions of another bucket of lengths have another program, built when one is first heard.
+        """
+        from vla.runtime.probe import random_requests
+
+        ((images, state, spoken),) = random_requests(self.loaded.contract, 1)
+        self.act(images, state, instruction or spoken)
+        begin = time.perf_counter()
+        self.act(images, state, instruction or spoken)
+        return time.perf_counter() - begin
 
     def act_with_report(
         self, images: Mapping[str, np.ndarray], state: np.ndarray, instruction: str

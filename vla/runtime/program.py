@@ -61,7 +61,7 @@ class Program:
         self._early = parts.early
         self._run: Callable[..., Tensor] = parts.late
         if mode.compiled:
-            self._run = torch.compile(parts.late, fullgraph=True, dynamic=False, options={"freezing": True})
+            self._run = torch.compile(parts.late, fullgraph=True, dynamic=False, options=compiler_options())
         if tokens.device.type == "cuda":
             self._run = CudaGraph(self._run, (*observation, *self.instruction(tokens, valid)))
 
@@ -74,6 +74,15 @@ class Program:
     def __call__(self, observation: Observation, instruction: tuple[Tensor, ...]) -> Tensor:
         """Return actions (B, K, D) float32 for `observation` under what `instruction` returned."""
         return self._run(*observation, *instruction)
+
+
+def compiler_options() -> dict[str, bool | int]:
+    """What torch's compiler is told.
+
+    The number of threads is written into the code that it generates, but not into the key under which it
+    keeps the code on disk (torch 2.11) unless it is an option: one thread would run what was made for two.
+    """
+    return {"freezing": True, "cpp.threads": torch.get_num_threads()}
 
 
 def _in_precision(step: PolicyStep, precision: str) -> Callable[..., Tensor]:

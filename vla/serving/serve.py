@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import tyro
@@ -17,10 +17,12 @@ from rich.console import Console
 
 from vla.errors import UserError
 from vla.evaluation.policy_source import SHIPPED_CHECKPOINT, CheckpointSource, ExpertSource, open_source
+from vla.serving.experts import BY_INSTRUCTION, ExpertChoice, Experts
 from vla.serving.server import Limits, PolicyServer, Served
 from vla.serving.wire import MIB
 
 if TYPE_CHECKING:
+    from vla.experts.chosen_expert import ChosenExpert
     from vla.policy.checkpoint import LoadedPolicy
     from vla.runtime.engine import PolicyEngine
 
@@ -33,7 +35,13 @@ class ServeConfig:
     """Where a policy listens and what a client may take."""
 
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")] = SHIPPED_CHECKPOINT
-    """Checkpoint folder; the small one that ships with the package if not given."""
+    """Checkpoint folder, an expert, a bank or a merge too; the small one that ships if not given."""
+    expert: str | None = None
+    """Who acts of a bank or merge; by default the task router decides from a client's instruction."""
+    task_router: str | None = None
+    """Who decides that: language (the default), value_subspace or probe; none serves a merge as it is."""
+    task_router_margin: float | None = None
+    """Lead over the second expert below which a client gets a sentence; the router's own by default."""
     port: int = 8000
     """Port to listen on; 0 takes any free one and prints it."""
     host: str = "127.0.0.1"
@@ -65,16 +73,20 @@ def serve_checkpoint(config: ServeConfig) -> None:
         message=int(config.max_message_mib * MIB), clients=config.max_clients, idle=config.idle_timeout
     )
     console = Console(stderr=True, highlight=False)
-    source = open_source(config.checkpoint)
-    served = serve_source(source, config)
     token = config.token or os.environ.get(TOKEN_VARIABLE)
 
     def say(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
+    choice = ExpertChoice(config.expert, config.task_router, config.task_router_margin)
+    if choice.applies_to(config.checkpoint):
+        served = serve_experts(config, choice)
+    else:
+        served = serve_source(open_source(config.checkpoint), config, say)
+
     def ready(port: int) -> None:
         host = f"[{config.host}]" if ":" in config.host else config.host
-        say(f"Serving {source.label} at ws://{host}:{port}. Ctrl-C ends it.")
+        say(f"Serving {served.identity['checkpoint']['label']} at ws://{host}:{port}. Ctrl-C ends it.")
 
     server = PolicyServer(served, token=token, limits=limits, report=say)
     if token is None and config.host not in LOOPBACK:
@@ -83,13 +95,40 @@ def serve_checkpoint(config: ServeConfig) -> None:
     say("The policy server has ended.")
 
 
-def serve_source(source: CheckpointSource | ExpertSource, config: ServeConfig) -> Served:
-    """Load the checkpoint and say who it is."""
+def serve_source(
+    source: CheckpointSource | ExpertSource,
+    config: ServeConfig,
+    say: Callable[[str], None] = lambda line: None,
+) -> Served:
+    """Load the checkpoint, make its engine ready, and say who it is."""
+    identity: dict[str, Any] = {"checkpoint": {"label": source.label, "sha256": source.hash}}
+    if config.engine is not None:
+        say("Making the engine ready: where torch's compiler comes in, the first time takes minutes.")
     loaded = load_answering(source, config.device, config.engine)
+    if config.engine is not None:
+        seconds = loaded.warm_up(config.task)
+        identity["engine"] = loaded.mode
+        say(f"The engine answers in mode {loaded.mode}, in {seconds * 1e3:.1f} ms.")
     return Served(
         make_policy=lambda: ClientPolicy(loaded),
         contract=source.contract,
-        identity={"checkpoint": {"label": source.label, "sha256": source.hash}},
+        identity=identity,
+        task=config.task,
+        rename=parse_rename(config.rename),
+    )
+
+
+def serve_experts(config: ServeConfig, choice: ExpertChoice) -> Served:
+    """Load a bank or a merge, of which every client gets the expert that its instruction asks for.
+
+    Raises `UserError` as `Experts.open` does.
+    """
+    experts = Experts.open(config.checkpoint, choose_device(config.device), config.engine, choice)
+    who = {"expert": choice.expert} if choice.expert else {"task_router": choice.router or BY_INSTRUCTION}
+    return Served(
+        make_policy=lambda: ClientExpert(experts),
+        contract=experts.chooser().contract if choice.expert else experts.contract,
+        identity={**experts.identity, "experts": list(experts.policy.names), **who},
         task=config.task,
         rename=parse_rename(config.rename),
     )
@@ -116,7 +155,7 @@ class ClientPolicy:
     A policy that samples gives a client the same actions whether or not others ask in between.
     """
 
-    def __init__(self, loaded: LoadedPolicy | PolicyEngine):
+    def __init__(self, loaded: LoadedPolicy | PolicyEngine | ChosenExpert):
         self._loaded = loaded
         self._random: tuple = ()
 
@@ -140,6 +179,26 @@ class ClientPolicy:
             actions = self._loaded.act(images, state, instruction)
             self._random = _random_state()
         return actions
+
+
+class ClientExpert(ClientPolicy):
+    """One of several experts as one client sees it: chosen for every instruction, and anew after a reset."""
+
+    def __init__(self, experts: Experts):
+        super().__init__(experts.chooser())
+        self._experts = experts
+        self._instruction: str | None = None
+
+    def reset(self, seed: int) -> None:
+        """See `ClientPolicy.reset`; a router that looks will look again."""
+        super().reset(seed)
+        self._loaded = self._experts.chooser()
+
+    def act(self, images: Mapping[str, np.ndarray], state: np.ndarray, instruction: str) -> np.ndarray:
+        """See `ClientPolicy.act`. Raises `UserError` where the router cannot tell who is meant."""
+        if instruction != self._instruction:
+            self._loaded, self._instruction = self._experts.chooser(), instruction
+        return super().act(images, state, instruction)
 
 
 def _random_state() -> tuple:

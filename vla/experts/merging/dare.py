@@ -13,6 +13,7 @@ from vla.experts.low_rank import LowRank
 from vla.experts.merging.method import MergeMethod, TensorContext, require_choice, require_fraction
 from vla.experts.merging.task_arithmetic import task_arithmetic
 from vla.experts.merging.ties import ties
+from vla.experts.task_masks import blocks, kept_entries
 
 
 def drop_and_rescale(delta: Tensor, drop: float, generator: torch.Generator) -> Tensor:
@@ -22,8 +23,11 @@ def drop_and_rescale(delta: Tensor, drop: float, generator: torch.Generator) -> 
     """
     if drop == 0:
         return delta
-    kept = torch.rand(delta.shape, generator=generator) >= drop
-    return torch.where(kept.to(delta.device), delta / (1 - drop), 0)
+    survived = torch.empty(delta.shape, dtype=delta.dtype, device=delta.device)
+    for out, own in blocks(survived, delta):
+        kept = torch.rand(own.shape, generator=generator) >= drop
+        out.copy_(kept_entries(own / (1 - drop), kept.to(own.device)))
+    return survived
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,18 @@ from torch import Tensor
 
 from vla.experts.low_rank import LowRank
 from vla.experts.merging.method import MergeMethod, TensorContext
+from vla.experts.task_masks import blocks
 
 
 def emr(deltas: Sequence[Tensor]) -> Tensor:
     """The elected vector ``τ_uni = γ ⊙ max_m (γ ⊙ τ_m)₊`` with ``γ = sgn(Σ_m τ_m)``."""
-    sign = torch.stack(list(deltas)).sum(dim=0).sign_()
-    largest = torch.zeros_like(sign)
-    for delta in deltas:
-        torch.maximum(largest, delta * sign, out=largest)
-    return largest * sign
+    elected = torch.zeros(deltas[0].shape, dtype=deltas[0].dtype, device=deltas[0].device)
+    for largest, *values in blocks(elected, *deltas):
+        sign = sum(values).sign_()
+        for value in values:
+            torch.maximum(largest, value * sign, out=largest)
+        largest *= sign
+    return elected
 
 
 @dataclass(frozen=True)
@@ -39,4 +42,7 @@ class Emr(MergeMethod):
 
     def mask(self, delta: Tensor, merged: Tensor) -> Tensor:
         """``S_m = 1[τ_m · τ_uni > 0]``."""
-        return delta.sign() * merged.sign() > 0
+        used = torch.empty(delta.shape, dtype=torch.bool, device=delta.device)
+        for out, own, elected in blocks(used, delta, merged):
+            torch.gt(own.sign() * elected.sign(), 0, out=out)
+        return used

@@ -29,7 +29,7 @@ from vla.experts.task_masks import blocks, task_mask
 
 #: What a task may multiply an entry of ``τ_merge`` by, for so many bits per weight.
 LEVELS = {1: (0, 1), 2: (-1, 0, 1, 2)}
-_ENTRIES_AT_A_TIME = 2**15
+_ENTRIES_AT_A_TIME = 2**14
 
 
 def least_squares(deltas: Sequence[Tensor], levels: Sequence[int] = LEVELS[1]) -> Tensor:
@@ -48,8 +48,8 @@ def best_entries(values: Tensor, levels: Sequence[int] = LEVELS[1]) -> Tensor:
     """
     up, gain = _best_positive(values, levels)
     down, gain_down = _best_positive(-values, levels)
-    negative = torch.where(gain_down == gain, values.sum(dim=0) < 0, gain_down > gain)
-    return torch.where(negative, -down, up)
+    tied = (gain_down == gain) & (values.sum(dim=0) < 0)
+    return _either(up, -down, (gain_down > gain) | tied)
 
 
 def _best_positive(values: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -61,36 +61,45 @@ def _best_positive(values: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tenso
     """
     at, along, squares = _steps(values, levels)
     best, most = torch.zeros_like(values[0]), torch.zeros_like(values[0])
+    ahead = torch.empty_like(at)
     for here in at:
-        ahead = at >= here
-        numerator = torch.where(ahead, along, 0).sum(dim=0)
-        denominator = torch.where(ahead, squares, 0).sum(dim=0)
-        gain = numerator.square() / denominator  # NaN, which is never better, where nothing is ahead
-        better = gain >= most  # of two that are as good the larger d, with smaller levels
-        best = torch.where(better, numerator / denominator, best)
-        most = torch.where(better, gain, most)
+        torch.ge(at, here, out=ahead)
+        numerator = (along * ahead).sum(dim=0)
+        denominator = (squares * ahead).sum(dim=0).clamp_(min=1)  # whole numbers; 0 where nothing is ahead
+        gain = numerator.square() / denominator
+        # Of two that are as good the larger d, with smaller levels.
+        best = _either(best, numerator / denominator, gain >= most)
+        most = torch.maximum(most, gain)
     return best, most
 
 
 def _steps(values: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """At which d each task takes the level below, and by how much ``Σ c τ`` and ``Σ c²`` fall: (steps, ...).
 
-    From level c to c' at ``d = 2 |τ| / (c + c')``, where both are as far from τ; never (∞) if a task has
-    fewer levels of its sign than others. Steps to smaller levels come later.
+    From level c to c' at ``d = 2 |τ| / (c + c')``, where both are as far from τ; never (∞, or NaN for
+    ``τ = 0``) if a task has fewer levels of its sign than others. Steps to smaller levels come later.
     """
-    size = values.abs()
+    size, positive = values.abs(), values > 0
     up, down = ([0, *sorted(c * sign for c in levels if c * sign > 0)] for sign in (1, -1))
     at, along, squares = [], [], []
     for i in reversed(range(1, max(len(up), len(down)))):
-        level, lower = (
-            torch.where(values > 0, *(float(ladder[min(k, len(ladder) - 1)]) for ladder in (up, down)))
-            for k in (i, i - 1)
+        (c, c_below), (n, n_below) = (
+            (ladder[i], ladder[i - 1]) if i < len(ladder) else (0, 0) for ladder in (up, down)
         )
-        taken = (level > lower) & (size > 0)
-        at.append(torch.where(taken, 2 * size / (level + lower), torch.inf))
-        along.append((level - lower) * size)
-        squares.append(torch.where(taken, level.square() - lower.square(), 0))
+        at.append(2 * size / _by_sign(positive, c + c_below, n + n_below))
+        along.append(_by_sign(positive, c - c_below, n - n_below) * size)
+        squares.append(_by_sign(positive, c**2 - c_below**2, n**2 - n_below**2))
     return torch.cat(at), torch.cat(along), torch.cat(squares)
+
+
+def _either(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
+    """`second` where `mask` is set, else `first`, both finite; why without `torch.where`: `kept_entries`."""
+    return torch.lerp(first, second, mask.view(torch.uint8).to(first.dtype))
+
+
+def _by_sign(positive: Tensor, one: int, other: int) -> Tensor:
+    """The number `one` where `positive`, else `other`, in float32."""
+    return positive.view(torch.uint8).float().mul_(one - other).add_(other)
 
 
 @dataclass(frozen=True)
@@ -119,4 +128,7 @@ class LeastSquares(MergeMethod):
 
     def negated(self, delta: Tensor, merged: Tensor) -> Tensor:
         """Where -1 is nearer than 0, or 2 nearer than 1: levels -1 and 2."""
-        return task_mask(delta, -merged, 1.0) | task_mask(delta - merged, merged, 1.0)
+        turned = torch.empty(delta.shape, dtype=torch.bool, device=delta.device)
+        for out, own, whole in blocks(turned, delta, merged):
+            torch.logical_or(task_mask(own, -whole, 1.0), task_mask(own - whole, whole, 1.0), out=out)
+        return turned

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vla.experts.low_rank import LowRank
 
-_CHUNK = 1 << 20  # entries converted at a time: bincount wants int64
+_CHUNK = 1 << 17  # entries counted at a time: bincount wants int64, of which these are 1 MB
 
 
 class MagnitudeSurvey:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vla.experts.low_rank import LowRank
 from vla.experts.merging.magnitude import MagnitudeSurvey, magnitude_threshold
 from vla.experts.merging.method import MergeMethod, TensorContext, require_choice, require_fraction
+from vla.experts.task_masks import blocks, kept_entries
 
 
 def ties(
@@ -27,16 +28,18 @@ def ties(
     MergeVLA's code). Weights enter after the election and entries that cancel to the last bit elect plus,
     both as in PEFT.
     """
-    elected = torch.zeros_like(deltas[0])
-    for delta, threshold in zip(deltas, thresholds, strict=True):
-        elected += torch.where(delta.abs() >= threshold, delta, 0)
-    positive = elected >= 0
-    total, agreeing = elected.zero_(), torch.zeros_like(elected)
-    for delta, threshold, weight in zip(deltas, thresholds, weights, strict=True):
-        agrees = (delta.abs() >= threshold) & torch.where(positive, delta > 0, delta < 0)
-        total += torch.where(agrees, delta, 0) * weight
-        agreeing += agrees
-    return total / agreeing.clamp_(min=1) if combine == "mean" else total
+    merged = torch.zeros(deltas[0].shape, dtype=deltas[0].dtype, device=deltas[0].device)
+    for total, *values in blocks(merged, *deltas):
+        trimmed = [kept_entries(v, v.abs() >= t) for v, t in zip(values, thresholds, strict=True)]
+        positive = sum(trimmed) >= 0
+        agreeing = torch.zeros_like(total)
+        for delta, weight in zip(trimmed, weights, strict=True):
+            agrees = (delta != 0) & ((delta > 0) == positive)
+            total += kept_entries(delta, agrees) * weight
+            agreeing += agrees
+        if combine == "mean":
+            total /= agreeing.clamp_(min=1)
+    return merged
 
 
 @dataclass(frozen=True)

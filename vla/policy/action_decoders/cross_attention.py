@@ -9,13 +9,16 @@ the blocks are averaged but for the last, which each task keeps, with the output
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vla.kernels.action_expert_block import action_expert_block, dispatch
 from vla.policy.action_decoders.action_decoder import ActionDecoder, LearnedTokens, Readout
+from vla.policy.plain import is_plain
 
 
 class CrossAttentionBlock(nn.Module):
@@ -48,27 +51,31 @@ class CrossAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, h_action: Tensor, h_vision: Tensor) -> Tensor:
         """Rows (B, R, d) to rows (B, R, d)."""
-        keys, values = self.action_stream(x, h_action)
-        vision_keys, vision_values = (
-            self._split(self.k_vision(h_vision)),
-            self._split(self.v_vision(h_vision)),
-        )
-        logits = self.logits(x, keys, vision_keys)
-        return self.update(x, self.attend(logits, torch.cat([values, vision_values], dim=2)))
+        k_action, v_action = self.action_stream(x, h_action)
+        k_vision, v_vision = self.k_vision(h_vision), self.v_vision(h_vision)
+        if self._fused(x):
+            streams = k_action, v_action, k_vision, v_vision
+            return action_expert_block(
+                x, *streams, *self._rows_parameters(), heads=self.heads, eps=self.norm.eps
+            )
+        logits = self.logits(x, k_action, k_vision)
+        return self.update(x, self.attend(logits, torch.cat([v_action, v_vision], dim=1)))
 
     def action_stream(self, x: Tensor, h_action: Tensor) -> tuple[Tensor, Tensor]:
-        """``k_A`` and ``v_A``, each (B, H, A, d_head); `x` is for the variant that attends to itself."""
-        return self._split(self.k_action(h_action)), self._split(self.v_action(h_action))
+        """``k_A`` and ``v_A``, each (B, A, d); `x` is for the variant that attends to itself."""
+        return self.k_action(h_action), self.v_action(h_action)
 
     def logits(self, x: Tensor, k_action: Tensor, k_vision: Tensor) -> Tensor:
-        """``s = [q_A k_A', sigma(g) q_T k_T'] / sqrt(d_head)``, (B, H, R, A + V)."""
+        """``s = [q_A k_A', sigma(g) q_T k_T'] / sqrt(d_head)`` of keys (B, A or V, d): (B, H, R, A + V)."""
+        k_action, k_vision = self._split(k_action), self._split(k_vision)
         q_action, q_vision = self._split(self.q_action(x)), self._split(self.q_vision(x))
         over_action = q_action @ k_action.transpose(-1, -2)
         over_vision = torch.sigmoid(self.gate) * (q_vision @ k_vision.transpose(-1, -2))
         return torch.cat([over_action, over_vision], dim=-1) * k_action.shape[-1] ** -0.5
 
     def attend(self, logits: Tensor, values: Tensor) -> Tensor:
-        """``o = W_o softmax(s) [v_A; v_T]``, one softmax over both streams: (B, R, d)."""
+        """``o = W_o softmax(s) [v_A; v_T]`` of values (B, A + V, d), one softmax over both: (B, R, d)."""
+        values = self._split(values)
         work = torch.promote_types(logits.dtype, torch.float32)
         weights = logits.to(work).softmax(-1).to(values.dtype)
         return self.out((weights @ values).transpose(1, 2).flatten(2))
@@ -76,6 +83,18 @@ class CrossAttentionBlock(nn.Module):
     def update(self, x: Tensor, attended: Tensor) -> Tensor:
         """``ReLU(W LN(x + o))``."""
         return F.relu(self.feed(self.norm(x + attended)))
+
+    def _fused(self, x: Tensor) -> bool:
+        """Whether one kernel is chosen that reads the parameters of what follows the streams (K5)."""
+        matrices = self.q_action, self.q_vision, self.out, self.feed
+        if not (all(is_plain(w, nn.Linear) for w in matrices) and is_plain(self.norm, nn.LayerNorm)):
+            return False
+        return dispatch(x, self.heads, tuple(w.weight for w in matrices)).path == "triton"
+
+    def _rows_parameters(self) -> Iterator[Tensor]:
+        """What `action_expert_block` takes, in its order."""
+        yield from (*_affine(self.q_action), *_affine(self.q_vision), self.gate)
+        yield from (*_affine(self.out), *_affine(self.norm), *_affine(self.feed))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -134,6 +153,10 @@ def initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
         nn.init.zeros_(module.bias)
+
+
+def _affine(module: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    return module.weight, module.bias
 
 
 def _normalised(x: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ without it. Nothing else differs here, so that a comparison shows what the strea
 block then come from the rows themselves, that is, from all blocks before it and no longer from the language
 model alone. Averaged with another task's expert, each block reads rows that neither expert was trained on,
 and the difference grows from block to block. MergeVLA's paper reports 0 % for merged VLA-Adapters.
+
+On nano that has not been seen: merging two skills (base 800 steps, experts 300, seed 0) by task arithmetic
+raised the action error on demonstrations from 0.067 to 0.098 with cross-attention, from 0.069 to 0.088 here.
 """
 
 from __future__ import annotations
@@ -30,10 +33,9 @@ class SelfAttentionBlock(CrossAttentionBlock):
             initialise(linear)
 
     def action_stream(self, x: Tensor, h_action: Tensor) -> tuple[Tensor, Tensor]:
-        """``[k_self, k_A]`` and ``[v_self, v_A]``, each (B, H, R + A, d_head)."""
+        """``[k_self, k_A]`` and ``[v_self, v_A]``, each (B, R + A, d)."""
         keys, values = super().action_stream(x, h_action)
-        own_keys, own_values = self._split(self.k_self(x)), self._split(self.v_self(x))
-        return torch.cat([own_keys, keys], dim=2), torch.cat([own_values, values], dim=2)
+        return torch.cat([self.k_self(x), keys], dim=1), torch.cat([self.v_self(x), values], dim=1)
 
 
 class SelfAttention(CrossAttention):

@@ -22,10 +22,11 @@ from vla.runtime.robot import preflight
 from vla.runtime.robot.camera_options import make_cameras
 from vla.runtime.robot.control_loop import ControlLoop, Listener, RunEnd
 from vla.runtime.robot.dry_arm import DryArm
-from vla.runtime.robot.policy_source import ExpertChoice, PolicyHere, open_policy
+from vla.runtime.robot.policy_source import PolicyHere, open_policy
 from vla.runtime.robot.policy_thread import PolicyThread
 from vla.runtime.robot.run_record import RunRecord
 from vla.runtime.robot.terminal_view import TerminalView
+from vla.serving.experts import ExpertChoice
 from vla.training.interruption import Interruption
 
 DRY_SECONDS = 5.0
@@ -105,7 +106,8 @@ def run_robot(config: RunConfig) -> None:
                 config.token,
                 config.device,
                 config.engine,
-                ExpertChoice(config.task, config.expert, config.task_router, config.task_router_margin),
+                ExpertChoice(config.expert, config.task_router, config.task_router_margin),
+                config.task,
             )
         )
         scheduler = make_scheduler(config.scheduler, policy.contract.chunk_size, config.horizon)

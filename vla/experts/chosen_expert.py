@@ -1,7 +1,7 @@
-"""A bank or a merge on an arm: one of its experts acts, and is chosen before anything moves.
+"""A bank or a merge of which one expert acts: chosen once, for a task, before anything moves.
 
-A run has one task, so there is one choice. Where an evaluation lets the router's best guess act, an arm stays
-where it is: a router that abstains, or an instruction that two experts know, is a sentence.
+Where an evaluation lets the router's best guess act, an arm stays where it is and a server's client gets no
+actions: a router that abstains, or an instruction that two experts know, is a sentence.
 """
 
 from __future__ import annotations
