@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from served_policy import CHUNK, EchoPolicy, arm_contract, observation, running_server
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
+from websockets.sync.server import serve
 
 from vla.contract import ContractError, PolicyContract
 from vla.serving.client import RemotePolicy, ServerLost, ServerRefused
@@ -48,6 +50,15 @@ def ask(policy, value=7, prompt="pick up the cube"):
     state = images.pop("observation.state")
     images.pop("prompt")
     return policy.act(images, state, prompt)
+
+
+@contextmanager
+def server_that_says(message):
+    """A WebSocket server that sends `message` to whoever connects and hangs up; yields its port."""
+    with serve(lambda connection: connection.send(encode(message)), "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.socket.getsockname()[1]
+        server.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -303,15 +314,23 @@ def test_the_end_of_the_server_reaches_its_clients():
         remote(port, connect_timeout=2)
 
 
-def test_a_server_of_something_else_is_refused(port):
+def test_a_server_of_something_else_is_refused():
     with pytest.raises((ServerLost, ServerRefused)):
         RemotePolicy("http://127.0.0.1:1", connect_timeout=1)
-    with pytest.raises(ContractError, match="has no contract"):
-        from websockets.sync.server import serve
+    with server_that_says({"some": "policy"}) as port, pytest.raises(ContractError, match="has no contract"):
+        remote(port)
 
-        with serve(lambda it: it.send(encode({"some": "policy"})), "127.0.0.1", 0) as server:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            remote(server.socket.getsockname()[1])
+
+def test_a_server_that_hangs_up_before_its_message_is_read(monkeypatch):
+    def connect_and_wait(*arguments, **options):
+        connection = connect(*arguments, **options)
+        connection.recv_events_thread.join(10)
+        assert connection.socket.fileno() == -1
+        return connection
+
+    monkeypatch.setattr("vla.serving.client.connect", connect_and_wait)
+    with server_that_says({"some": "policy"}) as port, pytest.raises(ContractError, match="has no contract"):
+        remote(port)
 
 
 def test_the_health_check_is_plain_http(port):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import numpy as np
@@ -112,7 +112,8 @@ class RemotePolicy:
             ) from None
         # A server that is frozen takes no more bytes: without this, `send` would wait for ever.
         seconds = struct.pack("ll", int(self._timeout), int(self._timeout % 1 * 1e6))
-        connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
+        with suppress(OSError):  # closed already; what the server left behind says why, and is read next
+            connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
         return connection
 
     def _ask(self, message: Any) -> Any:
