@@ -25,8 +25,9 @@ from vla.policy.head import initialise_head
 from vla.serving.serve import ServeConfig, serve_source
 from vla.training.dataset import open_demonstrations
 from vla.training.loop import train
-from vla.training.lora import FULL, LoraSettings
+from vla.training.lora import FULL, Adapter, LoraSettings
 from vla.training.metrics import read_metrics
+from vla.training.run_state import write_state
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "policy"))
 from tiny_backbones import save_decoder
@@ -172,6 +173,47 @@ def test_a_resumed_expert_equals_the_uninterrupted_one_bit_for_bit(expert_run, s
     assert_same_files(resumed, expert_run)
     first, second = (LoraExpert.load(find_expert(run)).tensors for run in (resumed, expert_run))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_in_bf16_the_frozen_layers_are_kept_rounded_and_training_is_the_same(
+    base, small_run, tmp_path, monkeypatch
+):
+    config = small_run(policy=(), expert="pick", base=base, lora=LORA, precision="bf16")
+    dtypes = set()
+
+    def round_and_look(self, policy, dtype):
+        round_frozen(self, policy, dtype)
+        dtypes.update(value.dtype for name, value in policy.named_parameters() if ".base_layer." in name)
+
+    round_frozen = Adapter.round_frozen
+    monkeypatch.setattr(Adapter, "round_frozen", round_and_look)
+    train(config)
+    assert dtypes == {torch.bfloat16}
+    monkeypatch.setattr(Adapter, "round_frozen", lambda *_: None)
+    kept = dataclasses.replace(config, out=tmp_path / "float32")
+    train(kept)
+    assert_same_files(kept.out, config.out)
+
+
+def test_saving_copies_no_weights_but_the_trained_ones(base, small_run, monkeypatch):
+    """Two copies of a frozen base of 0.5 B took more memory than the training itself."""
+    copied = []
+    clone = torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda x, **how: (copied.append(x), clone(x, **how))[1])
+    seen = []
+
+    def look(trainer, state, folder):
+        trained = {name: p for name, p in trainer.policy.named_parameters() if p.requires_grad}
+        assert state.raw.keys() == state.shipped.keys() == trained.keys()
+        assert all(state.shipped[name].data_ptr() == p.data_ptr() for name, p in trained.items())
+        frozen = {p.data_ptr() for p in trainer.policy.parameters() if not p.requires_grad}
+        assert len(copied) >= len(trained) and not frozen & {x.data_ptr() for x in copied}
+        seen.append(folder)
+        write_state(trainer, state, folder)
+
+    monkeypatch.setattr("vla.training.trainer.write_state", look)
+    train(small_run(policy=(), expert="pick", base=base, lora=LORA))
+    assert seen
 
 
 def test_an_expert_starts_as_its_base_and_may_have_statistics_of_its_own(

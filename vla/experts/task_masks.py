@@ -9,7 +9,7 @@ task. Masks are stored one bit per weight; those in {-1, 0, 1, 2} as two, see `s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -60,20 +60,21 @@ def projection_scale(delta: Tensor, masked: Tensor) -> float:
     task's own. EMR's rescaler (arXiv 2405.17461) restores a sum of magnitudes instead, over all tensors. 1
     where the two do not point the same way.
     """
-    sums = ((whole.square(), whole * used) for whole, used in blocks(delta, masked))
-    own, along = (math.fsum(each) for each in zip(*(map(_sum, pair) for pair in sums), strict=True))
-    return scale_factor(own, along)
+    return scale_factor(*_sums((whole.square(), whole * used) for whole, used in blocks(delta, masked)))
 
 
 def magnitudes(delta: Tensor, merged: Tensor, mask: Tensor) -> tuple[float, float]:
     """``Σ|τ_m|`` and ``Σ|S_m ⊙ τ_merge|`` of one tensor: what EMR's factor is made of."""
     parts = blocks(delta, merged, mask)
-    sums = ((own.abs(), kept_entries(other.abs(), used)) for own, other, used in parts)
-    return tuple(math.fsum(each) for each in zip(*(map(_sum, pair) for pair in sums), strict=True))
+    return _sums((own.abs(), kept_entries(other.abs(), used)) for own, other, used in parts)
 
 
-def _sum(x: Tensor) -> float:
-    return float(torch.sum(x, dtype=torch.float64))
+def _sums(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """Add up the entries of the first and of the second tensors, in float64."""
+    first, second = zip(
+        *([float(part.sum(dtype=torch.float64)) for part in pair] for pair in pairs), strict=True
+    )
+    return math.fsum(first), math.fsum(second)
 
 
 def scale_factor(own: float, used: float) -> float:

@@ -251,8 +251,11 @@ class CogMergeConfig(PreTrainedConfig):
                 f"policy.attention=coupled_two_call computes the coupled mask only, not"
                 f" policy.attention_mask={self.attention_mask}; use policy.attention=coupled_mask."
             )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"policy.dtype must be float32 or bfloat16, not '{self.dtype}'.")
+        if self.dtype != "float32":
+            raise UserError(
+                f"policy.dtype={self.dtype}: weights are float32; in what they are multiplied is chosen where"
+                " the policy runs (`vla train --precision`, `vla serve --engine`)."
+            )
 
     def _check_parity(self) -> None:
         if not self.parity:

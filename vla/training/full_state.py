@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 _GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_GATHER_TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _SPREAD = StateDictOptions(full_state_dict=True, strict=False)
 
 
@@ -28,14 +29,17 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def gather_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of the state dict; of a sharded model on the main process only, elsewhere it is empty.
+def gather_weights(model: nn.Module, *, only_trained: bool = False) -> dict[str, Tensor]:
+    """Return the state dict; of a sharded model on the main process only, elsewhere it is empty.
 
-    Every process that holds shards must call this.
+    Every process that holds shards must call this. Tensors that are whole and on the CPU are handed out as
+    they are and follow the weights. `only_trained` leaves frozen parameters and buffers out.
     """
-    state = get_model_state_dict(model, options=_GATHER)
-    # Unsharded tensors on the CPU are handed out as they are, and would follow the weights.
-    return {name: value.clone() for name, value in state.items()}
+    state = get_model_state_dict(model, options=_GATHER_TRAINED if only_trained else _GATHER)
+    if only_trained:
+        trained = {name.removeprefix("module.") for name, p in model.named_parameters() if p.requires_grad}
+        state = {name: value for name, value in state.items() if name in trained}
+    return state
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -26,7 +26,7 @@ from vla.training.frame_cache import FrameCache, LiveFrames, open_frame_cache
 from vla.training.interruption import Interruption
 from vla.training.metrics import MetricsLog, Window
 from vla.training.policy_setup import start_policy
-from vla.training.precision import time_precisions
+from vla.training.precision import BF16, time_precisions
 from vla.training.recompute import recompute_activations
 from vla.training.task_choice import choose_tasks
 from vla.training.trainer import Batch, Trainer
@@ -110,6 +110,8 @@ def _set_up(config: TrainConfig, record: dict | None, accelerator: Accelerator) 
     precision, seconds = _choose_precision(trainer) if record is None else (None, None)
     record = _on_main_first(accelerator, lambda: _keep_record(trainer, record, precision, seconds))
     trainer.precision = record["precision"]
+    if trainer.precision == BF16 and start.card is not None and not trainer.sharded:
+        start.adapter.round_frozen(trainer.policy, torch.bfloat16)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     metrics = MetricsLog(

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 
 from vla.errors import UserError, nearest
@@ -82,6 +83,15 @@ class Adapter:
     def to_peft(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name the trained tensors as an adapter's file does, without its prefix."""
         return {name.replace(f".{_ADAPTER}.weight", ".weight"): value for name, value in trained.items()}
+
+    def round_frozen(self, policy: nn.Module, dtype: torch.dtype) -> None:
+        """Keep the frozen layers under the factors in `dtype`, (m, n) and bias each.
+
+        To a training step under autocast to `dtype` it makes no difference, bit for bit, except that it does
+        not round them on every call. Not for an adapter that is to be folded into the weights as they were.
+        """
+        for module in self.modules:
+            policy.get_submodule(module).base_layer.to(dtype)
 
     def fold(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the state dict of a policy without adapter that computes the same: ``W + scale · B A``.

@@ -9,8 +9,8 @@ named by parameter, so that it does not depend on the number of processes.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,26 +37,32 @@ AVERAGED_WEIGHTS_FILE = "averaged_model.safetensors"
 
 @dataclass(frozen=True)
 class RunState:
-    """Whole tensors on the CPU: the trained parameters, all weights to ship, and the optimizer's state."""
+    """Whole tensors on the CPU: the trained parameters, what is shipped, and the optimizer's state.
+
+    An expert ships its trained parameters only, any other run all weights.
+    """
 
     raw: dict[str, Tensor]
     shipped: dict[str, Tensor]
     optimizer: dict[str, Any]
 
 
-def gather_state(trainer: Trainer) -> RunState | None:
-    """Collect the state of `trainer` on the main process; None elsewhere. Every process must call this."""
+@contextmanager
+def gathered_state(trainer: Trainer) -> Iterator[RunState | None]:
+    """Yield the state of `trainer` on the main process, None elsewhere. Every process must enter this.
+
+    Frozen weights of an expert's base are neither gathered nor copied, and what is shipped are the live
+    tensors, which hold the average as long as the context lasts: of a large policy a copy may not fit.
+    """
     main = trainer.accelerator.is_main_process
     if not main and not trainer.sharded:
-        return None
-    trained = _trained_names(trainer)
-    weights = gather_weights(trainer.model)
+        yield None
+        return
+    raw = {name: value.clone() for name, value in gather_weights(trainer.model, only_trained=True).items()}
     optimizer = gather_optimizer(trainer.model, trainer.optimizer.optimizer)
     with trainer.ema.applied() if trainer.ema is not None else nullcontext():
-        shipped = gather_weights(trainer.model)
-    if not main:
-        return None
-    return RunState({name: weights[name] for name in trained}, shipped, optimizer)
+        shipped = gather_weights(trainer.model, only_trained=trainer.start.card is not None)
+        yield RunState(raw, shipped, optimizer) if main else None
 
 
 def write_state(trainer: Trainer, state: RunState, folder: Path) -> None:
@@ -112,25 +118,25 @@ def _ship(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path) -> None
             loaded.preprocessor,
             loaded.postprocessor,
             loaded.contract,
-            _manifest(trainer, weights),
+            _manifest(trainer),
             state,
         )
         return
-    trained = {name: weights[name] for name in _trained_names(trainer)}
     config = start.adapter.config | {"base_model_name_or_path": str(start.base)}
     place = os.path.relpath(start.base, folder.resolve())
     card = replace(start.card, base_place=place)
-    LoraExpert(config, start.adapter.to_peft(trained), card, loaded.contract).save(folder)
-    save_manifest(folder, _manifest(trainer, weights))
+    LoraExpert(config, start.adapter.to_peft(weights), card, loaded.contract).save(folder)
+    save_manifest(folder, _manifest(trainer))
 
 
-def _manifest(trainer: Trainer, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def _manifest(trainer: Trainer) -> dict[str, Any]:
     config, start = trainer.config, trainer.start
-    trained = sum(weights[name].numel() for name in _trained_names(trainer))
-    factors = sum(value.numel() for name, value in weights.items() if ".lora_" in name)
-    facts: dict[str, Any] = {"parameters": sum(v.numel() for v in weights.values()) - factors}
+    parameters = dict(trainer.policy.named_parameters())
+    facts: dict[str, Any] = {
+        "parameters": sum(value.numel() for name, value in parameters.items() if ".lora_" not in name)
+    }
     if start.adapter is not None:
-        facts |= {"trained_parameters": trained}
+        facts |= {"trained_parameters": sum(v.numel() for v in parameters.values() if v.requires_grad)}
     if start.card is not None:
         facts |= {"expert": start.card.name, "base": start.base.name, "base_hash": start.card.base}
     return describe_build(
@@ -149,11 +155,10 @@ def _manifest(trainer: Trainer, weights: Mapping[str, Tensor]) -> dict[str, Any]
     )
 
 
-def _trained_names(trainer: Trainer) -> list[str]:
-    """In one order in all processes: they exchange shards in it."""
-    return [name for name, parameter in trainer.policy.named_parameters() if parameter.requires_grad]
-
-
 def _only_trained(trainer: Trainer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The trained parameters among `tensors`; raises `KeyError` if one is missing."""
-    return {name: tensors[name] for name in _trained_names(trainer)}
+    """The trained parameters among `tensors`; raises `KeyError` if one is missing.
+
+    In one order in all processes: they exchange shards in it.
+    """
+    trained = (name for name, value in trainer.policy.named_parameters() if value.requires_grad)
+    return {name: tensors[name] for name in trained}

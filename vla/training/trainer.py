@@ -28,7 +28,7 @@ from vla.training.ema import WeightAverage
 from vla.training.full_state import is_sharded
 from vla.training.policy_setup import Start
 from vla.training.precision import FLOAT32, autocast
-from vla.training.run_state import gather_state, restore_state, write_state
+from vla.training.run_state import gathered_state, restore_state, write_state
 from vla.training.sampler import EpochSampler, held_out_episodes
 
 #: Low-rank factors learn slower at the rate of all weights, because B starts at zero. Measured on nano, from
@@ -149,11 +149,14 @@ class Trainer:
     def save(self) -> Path | None:
         """Write the checkpoint of the current step (main process only) and return its path."""
         path = None
-        state = gather_state(self)
-        if state is not None:
-            path = write_checkpoint(
-                self.config.out, self.step, self.config.steps, lambda folder: write_state(self, state, folder)
-            )
+        with gathered_state(self) as state:
+            if state is not None:
+                path = write_checkpoint(
+                    self.config.out,
+                    self.step,
+                    self.config.steps,
+                    lambda folder: write_state(self, state, folder),
+                )
         self.accelerator.wait_for_everyone()
         return path
 

@@ -56,7 +56,7 @@ class CrossAttentionBlock(nn.Module):
         if self._fused(x):
             streams = k_action, v_action, k_vision, v_vision
             return action_expert_block(
-                x, *streams, *self._rows_parameters(), heads=self.heads, eps=self.norm.eps
+                x, *streams, *self._kernel_weights(), heads=self.heads, eps=self.norm.eps
             )
         logits = self.logits(x, k_action, k_vision)
         return self.update(x, self.attend(logits, torch.cat([v_action, v_vision], dim=1)))
@@ -91,8 +91,8 @@ class CrossAttentionBlock(nn.Module):
             return False
         return dispatch(x, self.heads, tuple(w.weight for w in matrices)).path == "triton"
 
-    def _rows_parameters(self) -> Iterator[Tensor]:
-        """What `action_expert_block` takes, in its order."""
+    def _kernel_weights(self) -> Iterator[Tensor]:
+        """The parameters that `action_expert_block` takes, in the order of its `WEIGHTS`."""
         yield from (*_affine(self.q_action), *_affine(self.q_vision), self.gate)
         yield from (*_affine(self.out), *_affine(self.norm), *_affine(self.feed))
 
