@@ -18,6 +18,8 @@ from vla.experts.recipe import load_recipe
 from vla.policy.checkpoint import load_checkpoint
 
 NAMES = ("soup", "drawer", "stove")
+#: Of actions of size 3 in float32: in which order sums are taken depends on the batch and on the CPU.
+ROUNDING = 1e-4
 
 
 def make_bank(skills, folder, names=NAMES):
@@ -46,7 +48,7 @@ def test_a_batch_of_different_experts_equals_the_experts(skills, tmp_path):
     for given, expert, chunk in zip(seen, order, together, strict=True):
         alone = load_expert_policy(skills / "base", skills / NAMES[expert])
         expected = alone.act(given.images, given.state, given.instruction)
-        np.testing.assert_allclose(chunk, expected, atol=2e-5)
+        np.testing.assert_allclose(chunk, expected, atol=ROUNDING)
         assert np.abs(expected - bank.act([given], [(expert + 1) % 3])[0]).max() > 0.05
     base = load_checkpoint(skills / "base").policy
     with torch.no_grad():
@@ -64,7 +66,7 @@ def test_experts_of_a_cross_attention_decoder(tmp_path):
     for seed, name, chunk in ((5, "b", chunks[0]), (6, "a", chunks[1])):
         alone, given = load_expert_policy(base, tmp_path / name), observation(seed)
         expected = alone.act(given.images, given.state, given.instruction)
-        np.testing.assert_allclose(chunk, expected, atol=2e-5)
+        np.testing.assert_allclose(chunk, expected, atol=ROUNDING)
 
 
 @pytest.mark.parametrize(
