@@ -26,8 +26,7 @@ import yaml
 
 from vla.atomic import write_text
 from vla.errors import UserError
-from vla.experts.expert_policy import find_expert
-from vla.experts.lora_expert import LoraExpert
+from vla.experts.lora_expert import LoraExpert, find_expert
 from vla.experts.merging.registry import METHODS, make_method
 from vla.policy.checkpoint import load_checkpoint, resolve_checkpoint
 from vla.policy.head import head_parts

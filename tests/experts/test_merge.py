@@ -407,12 +407,16 @@ def tensors_of(folder):
     }
 
 
+def weights_of(folder):
+    return {name: data for name, data in tensors_of(folder).items() if name.endswith("safetensors")}
+
+
 def test_adding_and_removing_is_merging_anew(scene, capsys):
     """The same bits in every file but for the recipe's wording, and the wording merges to the same again."""
     options = {"method": "ties", "lambda": 0.6, "seed": 4, "overrides": {"model.b.*": {"method": "dare"}}}
     wanted = run(scene, "anew", **options)
     out = run(scene, experts=list(NAMES[:2]), **options)
-    first = tensors_of(out)
+    first = weights_of(out)
     (scene / "out.yaml").unlink()
     assert cli.run(["merge", str(out), "--add", str(scene / "turn")]) == 0
     assert "3 merged" in capsys.readouterr().out
@@ -431,10 +435,22 @@ def test_adding_and_removing_is_merging_anew(scene, capsys):
     merge(load_recipe(out / "recipe.yaml"), scene / "again")
     assert tensors_of(scene / "again") == tensors_of(out)
     assert cli.run(["merge", str(out), "--remove", "turn", "--out", str(scene / "less")]) == 0
-    assert {n: b for n, b in tensors_of(scene / "less").items() if n.endswith("safetensors")} == {
-        n: b for n, b in first.items() if n.endswith("safetensors")
-    }
+    assert weights_of(scene / "less") == first
     same(out, wanted)
+
+
+def test_a_training_run_means_its_newest_checkpoint(scene):
+    """Of the base and of experts, in a recipe and in --add: as `vla bank` and `vla eval` read them."""
+    expected = weights_of(run(scene, "expected"))
+    for name in ("base", *NAMES):
+        checkpoints = scene / "runs" / name / "checkpoints"
+        (checkpoints / "000002").mkdir(parents=True)
+        (scene / name).rename(checkpoints / "000002" / "pretrained_model")
+        (checkpoints / "last").symlink_to("000002")
+    first, *_, last = (f"runs/{name}" for name in NAMES)
+    out = run(scene, base="runs/base", experts=[first, {"path": "runs/push"}])
+    assert cli.run(["merge", str(out), "--add", str(scene / last)]) == 0
+    assert weights_of(out) == expected
 
 
 def test_an_exchange_keeps_weights(scene):

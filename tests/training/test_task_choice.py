@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from vla import cli
 from vla.contract import OSC_POSE_DELTA, PolicyContract
 from vla.errors import UserError
-from vla.experts.expert_policy import find_expert
-from vla.experts.lora_expert import load_card
+from vla.experts.lora_expert import find_expert, load_card
 from vla.training.dataset import open_demonstrations
 from vla.training.frame_cache import cache_key
 from vla.training.loop import train

@@ -13,8 +13,7 @@ from lerobot.utils.constants import PRETRAINED_MODEL_DIR, TRAINING_STATE_DIR
 from safetensors.torch import load_file
 
 from vla.errors import UserError
-from vla.experts.expert_policy import find_expert
-from vla.experts.lora_expert import LoraExpert
+from vla.experts.lora_expert import LoraExpert, find_expert
 from vla.policy.checkpoint import load_checkpoint
 from vla.policy.units import units
 from vla.training.loop import train

@@ -18,8 +18,8 @@ from transformers import LlamaForCausalLM
 
 from vla.errors import UserError
 from vla.evaluation.policy_source import CheckpointSource, open_source
-from vla.experts.expert_policy import find_base, find_expert, load_expert_policy
-from vla.experts.lora_expert import LoraExpert, base_hash, declare
+from vla.experts.expert_policy import find_base, load_expert_policy
+from vla.experts.lora_expert import LoraExpert, base_hash, declare, find_expert
 from vla.policy.checkpoint import load_checkpoint
 from vla.policy.head import initialise_head
 from vla.serving.serve import ServeConfig, serve_source

@@ -176,7 +176,7 @@ class ExpertSource:
 
 def open_source(path: Path) -> CheckpointSource | ExpertSource:
     """Open whatever is in the folder `path`: an expert (a training run of one too) or a checkpoint."""
-    from vla.experts.expert_policy import find_expert
+    from vla.experts.lora_expert import find_expert
 
     expert = find_expert(path)
     return CheckpointSource.open(path) if expert is None else ExpertSource.open(expert)

@@ -33,6 +33,7 @@ from vla.experts.lora_expert import (
     CONFIG_FILE,
     TENSORS_FILE,
     LoraExpert,
+    find_expert,
     save_card,
 )
 from vla.experts.tensor_stream import TensorFile, file_hash
@@ -239,25 +240,18 @@ def bank_create(config: BankCreateConfig) -> None:
     """Run ``vla bank create``."""
     from vla.policy.checkpoint import resolve_checkpoint
 
-    experts = [_found(path) for path in config.experts]
+    experts = [find_expert(path) or path for path in config.experts]
     _show(BankFolder.create(config.bank, resolve_checkpoint(config.base), experts))
 
 
 def bank_add(config: BankAddConfig) -> None:
     """Run ``vla bank add``."""
-    _show(BankFolder.open(config.bank).add(_found(config.expert), config.instructions))
+    _show(BankFolder.open(config.bank).add(find_expert(config.expert) or config.expert, config.instructions))
 
 
 def bank_remove(config: BankRemoveConfig) -> None:
     """Run ``vla bank remove``."""
     _show(BankFolder.open(config.bank).remove(config.name))
-
-
-def _found(path: Path) -> Path:
-    """The expert's folder that `path` means: itself, or the newest of a training run."""
-    from vla.experts.expert_policy import find_expert
-
-    return find_expert(path) or path
 
 
 def _show(bank: BankFolder) -> None:

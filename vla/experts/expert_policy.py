@@ -16,16 +16,6 @@ from vla.policy.checkpoint import LoadedPolicy, load_checkpoint, resolve_checkpo
 from vla.policy.manifest import make_contract
 from vla.policy.processor_cogmerge import make_cogmerge_pre_post_processors
 
-#: Where a training run keeps its newest expert, seen from the folders that name the run.
-_PLACES = ("", "pretrained_model", "last/pretrained_model", "checkpoints/last/pretrained_model")
-
-
-def find_expert(path: Path) -> Path | None:
-    """Return the expert's folder that `path` means (itself, a training run, a checkpoint of it), or None."""
-    return next(
-        (Path(path) / place for place in _PLACES if (Path(path) / place / CONFIG_FILE).is_file()), None
-    )
-
 
 def find_base(expert: Path) -> Path:
     """Return the base checkpoint that the expert in the folder `expert` says it was trained on.

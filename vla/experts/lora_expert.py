@@ -26,6 +26,7 @@ from vla.errors import UserError, nearest
 from vla.experts.low_rank import LowRank
 from vla.experts.tensor_stream import TensorFile, file_hash
 from vla.json_file import load_json
+from vla.run_folder import find_newest
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -232,6 +233,11 @@ def make_config(
         "target_modules": sorted(ranks),
         "modules_to_save": sorted(full_modules) or None,
     }
+
+
+def find_expert(path: Path) -> Path | None:
+    """Return the expert's folder that `path` means (itself, a training run, a checkpoint of it), or None."""
+    return find_newest(path, CONFIG_FILE)
 
 
 def base_hash(folder: Path) -> str:

@@ -3,9 +3,9 @@
 ::
 
     version: 1
-    base: ../nano                      # checkpoint folder; paths are relative to the recipe
+    base: ../nano                      # checkpoint or training run; paths are relative to the recipe
     experts:
-      - ../experts/pick                # a PEFT folder with its expert.json
+      - ../experts/pick                # a PEFT folder with its expert.json, or a training run's newest
       - {path: ../experts/push, weight: 2.0}
     method: ties                       # see vla.experts.merging.registry
     options: {density: 0.2}            # the method's own
@@ -39,9 +39,11 @@ import yaml
 from torch import Tensor
 
 from vla.errors import UserError, nearest
+from vla.experts.lora_expert import BASE_WEIGHTS_FILE, find_expert
 from vla.experts.merging.method import MergeMethod
 from vla.experts.merging.registry import make_method
 from vla.experts.task_masks import task_mask
+from vla.run_folder import find_newest
 
 RECIPE_VERSION = 1
 DTYPES: dict[str, torch.dtype | None] = {
@@ -186,7 +188,7 @@ def _parse(content: Any, folder: Path, text: str) -> Recipe:
     for glob, override in overrides.items():
         _require_keys(override, _SETTING, f"the override '{glob}'")
     return Recipe(
-        base=folder / _typed(content, "base", str, None),
+        base=_base(folder / _typed(content, "base", str, None)),
         experts=_experts(content["experts"], folder),
         default=default,
         overrides=tuple((str(glob), _setting(override, content)) for glob, override in overrides.items()),
@@ -221,6 +223,10 @@ def _setting(entry: Mapping[str, Any], top: Mapping[str, Any]) -> Setting:
     return Setting(method, alpha, lam, rescale and scalable)
 
 
+def _base(path: Path) -> Path:
+    return find_newest(path, BASE_WEIGHTS_FILE) or path
+
+
 def _experts(entries: Any, folder: Path) -> tuple[ExpertEntry, ...]:
     if not isinstance(entries, list) or not entries:
         raise UserError("experts must be a list of at least one folder.")
@@ -230,7 +236,8 @@ def _experts(entries: Any, folder: Path) -> tuple[ExpertEntry, ...]:
         _require_keys(entry, ("path", "weight"), "an expert")
         if not isinstance(entry.get("path"), str):
             raise UserError(f"the expert {entry!r} has no path.")
-        experts.append(ExpertEntry(folder / entry["path"], _number(entry, "weight", 1.0)))
+        expert = find_expert(folder / entry["path"]) or folder / entry["path"]
+        experts.append(ExpertEntry(expert, _number(entry, "weight", 1.0)))
     return tuple(experts)
 
 

@@ -30,6 +30,7 @@ from vla.policy.manifest import MANIFEST_FILE, save_manifest
 from vla.policy.modeling_cogmerge import CogMergePolicy
 from vla.policy.processor_cogmerge import require_statistics
 from vla.policy.routing_report import RoutingReport, make_report
+from vla.run_folder import find_newest
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -151,13 +152,13 @@ def resolve_checkpoint(path: Path) -> Path:
     if not path.exists():
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"The checkpoint {path} does not exist.{nearest(path.name, siblings)}")
-    for inner in ("", "pretrained_model", "last/pretrained_model", "checkpoints/last/pretrained_model"):
-        if (path / inner / CONFIG_FILE).is_file():
-            return path / inner
-    raise UserError(
-        f"{path} is not a checkpoint: neither it nor its 'pretrained_model' or 'checkpoints/last' holds a"
-        f" {CONFIG_FILE}."
-    )
+    folder = find_newest(path, CONFIG_FILE)
+    if folder is None:
+        raise UserError(
+            f"{path} is not a checkpoint: neither it nor its 'pretrained_model' or 'checkpoints/last' holds a"
+            f" {CONFIG_FILE}."
+        )
+    return folder
 
 
 def checkpoint_hash(path: Path) -> str:
