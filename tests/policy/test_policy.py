@@ -170,7 +170,7 @@ def test_missing_instruction_is_refused(make_config):
         ({"n_action_steps": 9}, "between 1 and policy.chunk_size"),
         ({"stem_strides": [12]}, "power of two"),
         ({"hidden_size": 33}, "must be a multiple"),
-        ({"dtype": "float8"}, "float32 or bfloat16"),
+        ({"dtype": "float8"}, "weights are float32.*--precision"),
     ],
 )
 def test_bad_configuration_is_refused_with_a_sentence(make_config, overrides, sentence):

@@ -34,7 +34,6 @@ def test_the_names_of_the_configuration_are_those_of_the_registries():
         ({"token_pruner": "lpf"}, "Unknown policy.token_pruner 'lpf'. Did you mean 'lfp'"),
         ({"vision_reducer": "furier"}, "Unknown policy.vision_reducer 'furier'.*fourier"),
         ({"attention_mask": "causl"}, "Unknown policy.attention_mask 'causl'.*causal"),
-        ({"dtype": "bfloat16"}, "policy.dtype=bfloat16: weights are float32.*--precision"),
         ({"attention_mask": "full", "attention": "coupled_two_call"}, "computes the coupled mask only"),
         ({"vision_reducer": "none", "stem_strides": [8, 4]}, "different strides"),
     ],
