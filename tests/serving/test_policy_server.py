@@ -255,11 +255,21 @@ def test_an_idle_client_is_sent_away():
 
 
 def test_a_policy_that_takes_too_long_is_a_lost_server():
-    with running_server(lambda: EchoPolicy(0.5)) as port, remote(port, reply_timeout=0.1) as policy:
+    limits = {"reply_timeout": 0.1, "first_reply_timeout": 0.1}
+    with running_server(lambda: EchoPolicy(0.5)) as port, remote(port, **limits) as policy:
         with pytest.raises(ServerLost, match=r"did not answer within 0\.1 s"):
             ask(policy)
         with pytest.raises(ServerLost):  # a late reply must not answer the next question
             ask(policy)
+
+
+def test_the_first_answer_to_an_instruction_may_take_longer():
+    """A server with a compiled engine builds the program of an instruction when it hears it."""
+    with running_server(lambda: EchoPolicy(0.5)) as port, remote(port, reply_timeout=0.1) as policy:
+        ask(policy)
+        ask(policy, prompt="another one")
+        with pytest.raises(ServerLost, match=r"did not answer within 0\.1 s"):
+            ask(policy, prompt="another one")
 
 
 def test_a_server_that_is_frozen_is_lost_even_when_it_takes_no_more_bytes():
@@ -278,7 +288,7 @@ asyncio.run(server.run("127.0.0.1", 0, asyncio.Event(), lambda port: print(port,
     command = [sys.executable, "-P", "-c", program, str(Path(__file__).parent)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        policy = remote(int(server.stdout.readline()), reply_timeout=1.0)
+        policy = remote(int(server.stdout.readline()), reply_timeout=1.0, first_reply_timeout=1.0)
         server.send_signal(signal.SIGSTOP)
         begin = time.monotonic()
         with pytest.raises(ServerLost):

@@ -34,15 +34,25 @@ class ServerRefused(UserError):
 class RemotePolicy:
     """A policy behind ``ws://host:port``; a context manager. Used by one thread at a time.
 
-    `reply_timeout` (s) bounds every call. Raises `ServerLost` if there is no server, `ServerRefused` if the
-    token is not the one it wants, `ContractError` if it is no CogMerge server.
+    `reply_timeout` (s) bounds every call but the first for an instruction, for which a server may have to
+    build what it then keeps: that has `first_reply_timeout` (s), and on an arm comes before it moves. Raises
+    `ServerLost` if there is no server, `ServerRefused` if the token is not the one it wants, `ContractError`
+    if it is no CogMerge server.
     """
 
     def __init__(
-        self, url: str, *, token: str | None = None, connect_timeout: float = 10.0, reply_timeout: float = 5.0
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        connect_timeout: float = 10.0,
+        reply_timeout: float = 5.0,
+        first_reply_timeout: float = 120.0,
     ):
         self.url = url if "://" in url else f"ws://{url}"
         self._timeout = reply_timeout
+        self._first_timeout = max(reply_timeout, first_reply_timeout)
+        self._answered: str | None = None  # the instruction of the last answer
         self._stack = ExitStack()
         self._connection = self._connect(require_token(token), connect_timeout)
         try:
@@ -61,7 +71,7 @@ class RemotePolicy:
 
     def reset(self, seed: int) -> None:
         """Begin a new episode; draw whatever is random from `seed`."""
-        self._ask({"reset": seed})
+        self._ask({"reset": seed}, self._timeout)
 
     def act(self, images: Mapping[str, np.ndarray], state: np.ndarray, instruction: str) -> np.ndarray:
         """Return one chunk of actions (K, D) float32.
@@ -69,12 +79,15 @@ class RemotePolicy:
         `images` maps each camera's key or short name to (H, W, 3) uint8. Raises `ServerRefused` with the
         server's sentence for an observation that does not fit the contract.
         """
-        reply = self._ask({**images, STATE_KEY: np.asarray(state, np.float32), "prompt": instruction})
+        timeout = self._timeout if instruction == self._answered else self._first_timeout
+        observation = {**images, STATE_KEY: np.asarray(state, np.float32), "prompt": instruction}
+        reply = self._ask(observation, timeout)
         actions = reply.get("actions") if isinstance(reply, dict) else None
         need = self.contract
         promised = (need.chunk_size, need.interface.action.dim)
         if not isinstance(actions, np.ndarray) or actions.dtype.kind != "f" or actions.shape != promised:
             raise ServerRefused(f"{self.url} answered without the actions that its contract promises.")
+        self._answered = instruction
         return actions.astype(np.float32)
 
     def close(self) -> None:
@@ -116,12 +129,12 @@ class RemotePolicy:
             connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
         return connection
 
-    def _ask(self, message: Any) -> Any:
+    def _ask(self, message: Any, timeout: float) -> Any:
         try:
             self._connection.send(encode(message))
         except ConnectionClosed as error:
             raise self._lost(error) from None
-        return self._receive(self._timeout)
+        return self._receive(timeout)
 
     def _receive(self, timeout: float) -> Any:
         try:
