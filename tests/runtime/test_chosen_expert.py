@@ -84,6 +84,17 @@ def test_a_name_overrules_the_task_and_a_merge_acts_as_its_task(skills):
         np.testing.assert_array_equal(policy.act(images, state, "say hello"), plain)
 
 
+@pytest.mark.parametrize("kind", ["bank", "merge"])
+def test_a_named_expert_runs_in_the_engine(skills, kind):
+    images, state = seen()
+    chunks = []
+    for engine in (None, "fp32"):
+        with opened(skills / kind, "say hello", engine, expert="place") as policy:
+            assert policy.expert.sentence == "'place' acts (--expert)"
+            chunks.append(policy.act(images, state, "say hello"))
+    np.testing.assert_allclose(*chunks, atol=2e-3)  # degrees
+
+
 def test_a_router_that_looks_chooses_at_the_first_observation_and_once(skills):
     with opened(skills / "bank", "anything", router="value_subspace", margin=0.0) as policy:
         assert policy.identity["choice"] == {} and policy.expert.sentence == "not chosen yet"
@@ -116,7 +127,7 @@ def test_who_cannot_be_told_is_a_sentence(skills):
         ("bank", {"router": "oracle"}, "name the one with --expert"),
         ("bank", {"expert": "place", "router": "language"}, "either --expert or --task-router"),
         ("bank", {"router": "none"}, "is not a checkpoint"),
-        ("bank", {"engine": "auto"}, "--engine runs plain checkpoints"),
+        ("bank", {"engine": "auto"}, "name the expert that acts with --expert"),
         ("base", {"expert": "place"}, "neither a bank nor a merge"),
         ("base", {"margin": 0.1}, "neither a bank nor a merge"),
     ],

@@ -17,7 +17,7 @@ from vla.experts.recipe import load_recipe
 from vla.policy.checkpoint import load_checkpoint
 from vla.serving.client import RemotePolicy, ServerRefused
 from vla.serving.experts import ExpertChoice
-from vla.serving.serve import ServeConfig, serve_experts
+from vla.serving.serve import ServeConfig, serve_experts, serve_source
 from vla.serving.session import Session
 
 sys.path.append(str(Path(__file__).parents[1] / "experts"))
@@ -56,8 +56,10 @@ def ask(session: Session, task: str, seed: int = 0) -> np.ndarray:
     return session.answer({**images, "observation.state": state, "prompt": task})["actions"]
 
 
-def sessions(folder: Path, count: int, **choice) -> list[Session]:
-    served = serve_experts(ServeConfig(checkpoint=folder, device="cpu"), ExpertChoice(**choice))
+def sessions(folder: Path, count: int, engine: str | None = None, **choice) -> list[Session]:
+    config, chosen = ServeConfig(checkpoint=folder, device="cpu", engine=engine), ExpertChoice(**choice)
+    source = chosen.source(folder)
+    served = serve_experts(config, chosen) if source is None else serve_source(source, config)
     return [Session(served.make_policy(), served.contract) for _ in range(count)]
 
 
@@ -69,12 +71,21 @@ def test_clients_of_one_server_get_the_expert_that_each_asks_for(skills, kind):
     for seed, (client, name) in enumerate([(first, "soup"), (second, "stove"), (first, "stove")]):
         (task,) = TAUGHT[name]
         got = ask(client, task, seed)
-        np.testing.assert_array_equal(got, ask(named[name], task, seed))
         if kind == "bank":
             alone = load_expert_policy(skills / "base", skills / name).act(*seen(seed), task)
+            np.testing.assert_array_equal(ask(named[name], task, seed), alone)
             np.testing.assert_allclose(got, alone, atol=2e-4)
+        else:
+            np.testing.assert_array_equal(got, ask(named[name], task, seed))
         chunks[name] = ask(named[name], "one and the same")
     assert np.abs(chunks["soup"] - chunks["stove"]).max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["bank", "merge"])
+def test_a_named_expert_runs_in_the_engine(skills, kind):
+    (plain,), (fast,) = (sessions(skills / kind, 1, engine, expert="stove") for engine in (None, "fp32"))
+    for seed in (0, 1):
+        np.testing.assert_allclose(ask(fast, "open it", seed), ask(plain, "open it", seed), atol=2e-4)
 
 
 def test_a_router_that_looks_looks_again_after_a_reset(skills, monkeypatch):
@@ -126,16 +137,11 @@ def test_a_merge_can_be_served_as_it_is(skills):
     [
         ("bank", {"expert": "stve"}, {}, "no expert 'stve'. Did you mean 'stove'"),
         ("bank", {"router": "langage"}, {}, "Did you mean 'language'"),
-        ("bank", {}, {"engine": "auto"}, "--engine runs plain checkpoints"),
+        ("merge", {"expert": "soop"}, {}, "no expert 'soop'. Did you mean 'soup'"),
+        ("bank", {}, {"engine": "auto"}, "name the expert that acts with --expert"),
+        ("base", {"expert": "soup"}, {}, "neither a bank nor a merge: leave out --expert"),
     ],
 )
 def test_what_cannot_be_served_is_a_sentence(skills, folder, choice, options, words):
     with pytest.raises(UserError, match=words):
-        serve_experts(
-            ServeConfig(checkpoint=skills / folder, device="cpu", **options), ExpertChoice(**choice)
-        )
-
-
-def test_one_policy_has_nothing_to_choose_from(skills):
-    with pytest.raises(UserError, match="neither a bank nor a merge: leave out --expert"):
-        ExpertChoice(expert="soup").applies_to(skills / "base")
+        sessions(skills / folder, 1, **options, **choice)

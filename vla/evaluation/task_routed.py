@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vla.contract import PolicyContract
+from vla.contract import CONTRACT_FILE, PolicyContract
 from vla.errors import UserError, nearest
 from vla.evaluation.plan import PlannedTask
 from vla.json_file import load_json
@@ -19,6 +19,7 @@ from vla.json_file import load_json
 if TYPE_CHECKING:
     from vla.experts.multi_expert import MultiExpertPolicy
     from vla.experts.task_routers.router import TaskRouter
+    from vla.policy.checkpoint import LoadedPolicy
 
 BANK_FILE, MERGE_FILE = "bank.json", "merge.json"  # named here too: their modules import torch
 
@@ -109,6 +110,46 @@ class ExpertsSource:
         router = make_task_router(self.routing.router, policy, settings)
         truths = {(suite, task): expert for suite, task, expert in self.truths}
         return TaskRoutedPolicy(policy, router, self.routing.every, truths)
+
+
+@dataclass(frozen=True)
+class NamedExpertSource:
+    """One expert of a bank or a merge, by name, as a plain checkpoint: nobody chooses, no other is loaded."""
+
+    folder: Path
+    expert: str
+    label: str
+    hash: str
+
+    @classmethod
+    def open(cls, folder: Path, expert: str) -> NamedExpertSource:
+        """Open and verify the folder; raise `UserError` as `ExpertsSource.open` does, or for another name."""
+        source, names = ExpertsSource.open(folder, Routing()), _names(folder)
+        if expert not in names:
+            raise UserError(
+                f"{folder} has no expert '{expert}'.{nearest(expert, names)} It has: {', '.join(names)}."
+            )
+        return cls(source.folder, expert, f"{source.place} ({expert})", source.content)
+
+    @property
+    def contract(self) -> PolicyContract:
+        """The expert's contract, with its own statistics; the base's if it has none."""
+        own = self.folder / "experts" / self.expert
+        if (own / CONTRACT_FILE).is_file():
+            return PolicyContract.load(own)
+        return ExpertsSource(self.folder, Routing(), (), self.label, self.hash).contract
+
+    def load_onto(self, device: str) -> LoadedPolicy:
+        """Load the expert: of a bank on its base, of a merge with its masks and its own tensors."""
+        from vla.experts.expert_policy import load_expert_policy
+        from vla.experts.merged_policy import MergedPolicy
+
+        if not _is_merge(self.folder):
+            bank = _open(self.folder)
+            return load_expert_policy(bank.base, bank.expert_folder(self.expert), device)
+        policy = MergedPolicy.load(self.folder, device)
+        policy.live.switch(policy.index(self.expert))
+        return policy.faces[policy.index(self.expert)]
 
 
 class TaskRoutedPolicy:

@@ -22,18 +22,16 @@ SHOWN = 3  # instructions of an expert
 
 
 class ChosenExpert:
-    """A policy of several experts of which one acts: `expert` by name, or whom `router` takes.
+    """A policy of several experts of which the one acts whom `router` takes.
 
     A router that reads the instruction alone is asked with `choose`; any other looks at the first
     observation, in pre-flight. `choice` says who acts and why, empty until that is known.
     """
 
-    def __init__(
-        self, policy: MultiExpertPolicy, router: TaskRouter | None = None, expert: str | None = None
-    ):
+    def __init__(self, policy: MultiExpertPolicy, router: TaskRouter):
         self._policy, self._router = policy, router
-        self._expert = None if expert is None else policy.index(expert)
-        self.choice: dict[str, Any] = {} if expert is None else {"expert": expert, "by": "--expert"}
+        self._expert: int | None = None
+        self.choice: dict[str, Any] = {}
 
     @property
     def contract(self) -> PolicyContract:
@@ -65,9 +63,7 @@ class ChosenExpert:
         """Who acts and why."""
         if not self.choice:
             return "not chosen yet"
-        margin = self.choice.get("margin")
-        lead = "" if margin is None else f", {margin:.2f} ahead"
-        return f"'{self.choice['expert']}' acts ({self.choice['by']}{lead})"
+        return f"'{self.choice['expert']}' acts ({self.choice['by']}, {self.choice['margin']:.2f} ahead)"
 
     @property
     def _name(self) -> str:

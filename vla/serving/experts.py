@@ -11,6 +11,8 @@ from vla.contract import PolicyContract
 from vla.errors import UserError
 
 if TYPE_CHECKING:
+    from vla.evaluation.policy_source import CheckpointSource, ExpertSource
+    from vla.evaluation.task_routed import NamedExpertSource
     from vla.experts.chosen_expert import ChosenExpert
     from vla.experts.multi_expert import MultiExpertPolicy
     from vla.experts.task_routers.router import TaskRouter
@@ -36,17 +38,19 @@ class ExpertChoice:
         if self.router == "oracle":
             raise UserError("The router 'oracle' has to be told who acts: name the one with --expert.")
 
-    def applies_to(self, folder: Path) -> bool:
-        """Whether one expert of `folder` is to be chosen; False where it acts as it is.
+    def source(self, folder: Path) -> CheckpointSource | ExpertSource | NamedExpertSource | None:
+        """What acts in `folder` if it is one policy; None where a router has to choose.
 
-        Raises `UserError` if a choice was asked for among the experts of a folder that has none.
+        Raises `UserError` for an expert that is not there, and if a choice was asked for in a folder that
+        offers none.
         """
-        from vla.evaluation.task_routed import holds_experts
+        from vla.evaluation.policy_source import open_source
+        from vla.evaluation.task_routed import NamedExpertSource, holds_experts
 
-        if self.router != PLAIN and holds_experts(folder):
-            return True
-        self.refuse_for(str(folder))
-        return False
+        if self.router == PLAIN or not holds_experts(folder):
+            self.refuse_for(str(folder))
+            return open_source(folder)
+        return None if self.expert is None else NamedExpertSource.open(folder, self.expert)
 
     def refuse_for(self, what: str) -> None:
         """Raise `UserError` if something was said that has no meaning for `what`, which is one policy."""
@@ -59,11 +63,10 @@ class ExpertChoice:
 
 @dataclass(frozen=True)
 class Experts:
-    """A loaded bank or merge: `expert` acts if it is named, else whom `router` chooses."""
+    """A loaded bank or merge and the router that chooses among its experts."""
 
     policy: MultiExpertPolicy
-    router: TaskRouter | None
-    expert: str | None
+    router: TaskRouter
     contract: PolicyContract
     identity: Mapping[str, Any]
 
@@ -71,27 +74,26 @@ class Experts:
     def open(cls, folder: Path, device: str, engine: str | None, choice: ExpertChoice) -> Experts:
         """Load and verify `folder`; `contract` is the base's, of which experts differ in statistics only.
 
-        Raises `UserError` for a folder that has changed, an unknown expert or router, and any `engine`.
+        Raises `UserError` for a folder that has changed, an unknown router, and any `engine`.
         """
         from vla.evaluation.task_routed import ExpertsSource, Routing, load_experts
         from vla.experts.task_routers import make_task_router, require_router
         from vla.experts.task_routers.router import RouterSettings
 
         if engine is not None:
-            raise UserError("--engine runs plain checkpoints, not banks or merges; leave it out.")
+            raise UserError(
+                "--engine runs one policy: name the expert that acts with --expert, or leave it out."
+            )
         name = choice.router or BY_INSTRUCTION
         require_router(name)
         source = ExpertsSource.open(folder, Routing(name))
-        policy, router = load_experts(folder, device), None
-        if choice.expert is not None:
-            policy.index(choice.expert)
-        else:
-            router = make_task_router(name, policy, RouterSettings(choice.margin, folder=folder))
+        policy = load_experts(folder, device)
+        router = make_task_router(name, policy, RouterSettings(choice.margin, folder=folder))
         identity = {"checkpoint": {"label": source.place, "sha256": source.content}}
-        return cls(policy, router, choice.expert, source.contract, identity)
+        return cls(policy, router, source.contract, identity)
 
     def chooser(self) -> ChosenExpert:
-        """One episode's choice, still to be made unless an expert was named."""
+        """One episode's choice, still to be made."""
         from vla.experts.chosen_expert import ChosenExpert
 
-        return ChosenExpert(self.policy, self.router, self.expert)
+        return ChosenExpert(self.policy, self.router)

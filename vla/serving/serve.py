@@ -16,12 +16,13 @@ import tyro
 from rich.console import Console
 
 from vla.errors import UserError
-from vla.evaluation.policy_source import SHIPPED_CHECKPOINT, CheckpointSource, ExpertSource, open_source
+from vla.evaluation.policy_source import SHIPPED_CHECKPOINT, CheckpointSource, ExpertSource
 from vla.serving.experts import BY_INSTRUCTION, ExpertChoice, Experts
 from vla.serving.server import Limits, PolicyServer, Served
 from vla.serving.wire import MIB
 
 if TYPE_CHECKING:
+    from vla.evaluation.task_routed import NamedExpertSource
     from vla.experts.chosen_expert import ChosenExpert
     from vla.policy.checkpoint import LoadedPolicy
     from vla.runtime.engine import PolicyEngine
@@ -79,10 +80,8 @@ def serve_checkpoint(config: ServeConfig) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
     choice = ExpertChoice(config.expert, config.task_router, config.task_router_margin)
-    if choice.applies_to(config.checkpoint):
-        served = serve_experts(config, choice)
-    else:
-        served = serve_source(open_source(config.checkpoint), config, say)
+    source = choice.source(config.checkpoint)
+    served = serve_experts(config, choice) if source is None else serve_source(source, config, say)
 
     def ready(port: int) -> None:
         host = f"[{config.host}]" if ":" in config.host else config.host
@@ -96,7 +95,7 @@ def serve_checkpoint(config: ServeConfig) -> None:
 
 
 def serve_source(
-    source: CheckpointSource | ExpertSource,
+    source: CheckpointSource | ExpertSource | NamedExpertSource,
     config: ServeConfig,
     say: Callable[[str], None] = lambda line: None,
 ) -> Served:
@@ -124,18 +123,18 @@ def serve_experts(config: ServeConfig, choice: ExpertChoice) -> Served:
     Raises `UserError` as `Experts.open` does.
     """
     experts = Experts.open(config.checkpoint, choose_device(config.device), config.engine, choice)
-    who = {"expert": choice.expert} if choice.expert else {"task_router": choice.router or BY_INSTRUCTION}
+    who = {"experts": list(experts.policy.names), "task_router": choice.router or BY_INSTRUCTION}
     return Served(
         make_policy=lambda: ClientExpert(experts),
-        contract=experts.chooser().contract if choice.expert else experts.contract,
-        identity={**experts.identity, "experts": list(experts.policy.names), **who},
+        contract=experts.contract,
+        identity={**experts.identity, **who},
         task=config.task,
         rename=parse_rename(config.rename),
     )
 
 
 def load_answering(
-    source: CheckpointSource | ExpertSource, device: str | None, engine: str | None
+    source: CheckpointSource | ExpertSource | NamedExpertSource, device: str | None, engine: str | None
 ) -> LoadedPolicy | PolicyEngine:
     """Load a checkpoint or an expert, behind the runtime engine in mode `engine` if one is named.
 

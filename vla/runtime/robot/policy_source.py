@@ -17,22 +17,41 @@ from vla.runtime.robot.policy_thread import Policy
 from vla.serving.experts import BY_INSTRUCTION, ExpertChoice, Experts
 
 if TYPE_CHECKING:
+    from vla.evaluation.policy_source import CheckpointSource, ExpertSource
+    from vla.evaluation.task_routed import NamedExpertSource
     from vla.experts.chosen_expert import ChosenExpert
 
 TOKEN_VARIABLE = "VLA_TOKEN"
 
 
 @dataclass(frozen=True)
+class NamedExpert:
+    """Who acts if the command line says so."""
+
+    name: str
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """For records; see `ChosenExpert.choice`."""
+        return {"expert": self.name, "by": "--expert"}
+
+    @property
+    def sentence(self) -> str:
+        """See `ChosenExpert.sentence`."""
+        return f"'{self.name}' acts (--expert)"
+
+
+@dataclass(frozen=True)
 class PolicyHere:
     """A policy that can be asked, with its contract. `identity` says which it is, for records.
 
-    `expert` is `policy` itself where it is one of several experts, whose choice pre-flight shows.
+    `expert` says who acts where there are several experts, which pre-flight shows.
     """
 
     policy: Policy
     contract: PolicyContract
     identity: Mapping[str, Any]
-    expert: ChosenExpert | None = None
+    expert: ChosenExpert | NamedExpert | None = None
 
     def reset(self, seed: int) -> None:
         """Begin an episode."""
@@ -68,22 +87,28 @@ def open_policy(
             identity = {key: value for key, value in remote.metadata.items() if key != "contract"}
             yield PolicyHere(remote, remote.contract, identity | {"server": remote.url})
         return
-    if choice.applies_to(checkpoint):
+    source = choice.source(checkpoint)
+    if source is None:
         yield _open_experts(checkpoint, device, engine, choice, task)
     else:
-        yield _open_checkpoint(checkpoint, device, engine)
+        yield _open_one(source, device, engine, choice.expert)
 
 
-def _open_checkpoint(checkpoint: Path, device: str | None, engine: str | None) -> PolicyHere:
-    from vla.evaluation.policy_source import CheckpointPolicy, open_source
+def _open_one(
+    source: CheckpointSource | ExpertSource | NamedExpertSource,
+    device: str | None,
+    engine: str | None,
+    expert: str | None,
+) -> PolicyHere:
+    from vla.evaluation.policy_source import CheckpointPolicy
     from vla.serving.serve import load_answering
 
-    source = open_source(checkpoint)
-    return PolicyHere(
-        CheckpointPolicy(load_answering(source, device, engine)),
-        source.contract,
-        {"checkpoint": {"label": source.label, "sha256": source.hash}},
-    )
+    policy = CheckpointPolicy(load_answering(source, device, engine))
+    identity: dict[str, Any] = {"checkpoint": {"label": source.label, "sha256": source.hash}}
+    if expert is None:
+        return PolicyHere(policy, source.contract, identity)
+    named = NamedExpert(expert)
+    return PolicyHere(policy, source.contract, identity | {"choice": named.choice}, named)
 
 
 def _open_experts(
