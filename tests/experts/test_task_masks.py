@@ -58,17 +58,19 @@ def test_a_lone_expert_gets_its_own_weights_back():
 
 
 def test_projection_worked_by_hand():
-    """A merge that took half of what the task had and left something across it: γ = 25 / 12.5."""
-    delta = torch.tensor([3.0, 4.0, 0.0])
-    assert projection_scale(delta, torch.tensor([1.5, 2.0, 7.0])) == 2.0
-    assert projection_scale(delta, torch.tensor([-1.5, -2.0, 7.0])) == 1.0  # against the task: left alone
-    assert projection_scale(delta, torch.zeros(3)) == 1.0
+    """A merge that took half of what the task had: γ = 25 / 12.5, whatever lies outside of the mask."""
+    delta, used = torch.tensor([3.0, 4.0, 0.0]), torch.tensor([True, True, False])
+    assert projection_scale(delta, torch.tensor([1.5, 2.0, 7.0]), used) == 2.0
+    assert projection_scale(delta, torch.tensor([-1.5, -2.0, 7.0]), used) == 1.0  # against it: left alone
+    # Levels -1 and 2: (3 · 1.5 + 4 · 2 · 1) = 12.5.
+    assert projection_scale(delta, torch.tensor([-1.5, 1.0, 7.0]), delta == 4, used) == 2.0
+    assert projection_scale(delta, torch.ones(3), ~used) == 1.0
 
 
 def test_factors_do_not_tell_how_many_threads_summed():
     """Last bits of a float64 sum depend on that; what is recorded must not."""
     delta = torch.tensor([1.0, 1.0])
-    third = projection_scale(delta, torch.tensor([3.0, 3.0]))
+    third = projection_scale(delta, torch.tensor([3.0, 3.0]), torch.tensor([True, True]))
     assert third == scale_factor(1.0, 3.0) == scale_factor(1.0, 3.0 * (1 + 1e-15)) == pytest.approx(1 / 3)
 
 

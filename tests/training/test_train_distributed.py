@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from lerobot.utils.constants import PRETRAINED_MODEL_DIR, TRAINING_STATE_DIR
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vla.errors import UserError
 from vla.experts.lora_expert import LoraExpert, find_expert
 from vla.policy.checkpoint import load_checkpoint
 from vla.policy.units import units
+from vla.training.full_state import gather_weights
 from vla.training.loop import train
 from vla.training.lora import LoraSettings
 from vla.training.metrics import read_metrics
@@ -46,6 +47,17 @@ def launch(jobs: list[tuple], folder: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(worker)]
     done = subprocess.run([*command, str(folder / "jobs.json")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_weights_that_share_a_storage_can_be_written(tmp_path):
+    """DDP puts parameters side by side; those that stand alone are not copied."""
+    model, flat = torch.nn.Linear(3, 2), torch.arange(8.0)
+    alone = gather_weights(model)
+    assert alone["weight"].data_ptr() == model.weight.data_ptr()
+    model.weight.data, model.bias.data = flat[:6].view(2, 3), flat[6:]
+    save_file(gather_weights(model), tmp_path / "weights.safetensors")
+    written = load_file(tmp_path / "weights.safetensors")
+    assert torch.equal(torch.cat([written["weight"].flatten(), written["bias"]]), flat)
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,6 @@ from vla.experts.task_masks import (
     pack,
     projection_scale,
     scale_factor,
-    signed_update,
     unaligned,
     used_entries,
 )
@@ -266,7 +265,7 @@ class _Stream:
                 a + b for a, b in zip(self._norms[m], magnitudes(delta, merged, mask), strict=True)
             ]
         if step.setting.rescale:
-            scale = projection_scale(delta, signed_update(merged, mask, negated))
+            scale = projection_scale(delta, merged, mask, negated)
             self.projected.setdefault(expert, {})[name] = scale
         self.writers[f"{EXPERTS_FOLDER}/{expert}/{MASK_FILE}"].write(name, pack(mask))
         if negated is not None:

@@ -53,14 +53,15 @@ def kept_entries(values: Tensor, mask: Tensor) -> Tensor:
     return values * mask.view(torch.uint8)  # torch multiplies by bytes three times as fast as by booleans
 
 
-def projection_scale(delta: Tensor, masked: Tensor) -> float:
+def projection_scale(delta: Tensor, merged: Tensor, mask: Tensor, negated: Tensor | None = None) -> float:
     """``γ = ‖τ_m‖² / ⟨τ_m, S_m ⊙ α τ_merge⟩``: the part along the task's own update becomes that update.
 
     What merging took away is given back; what the others left in the masked entries grows with it, across the
     task's own. EMR's rescaler (arXiv 2405.17461) restores a sum of magnitudes instead, over all tensors. 1
     where the two do not point the same way.
     """
-    return scale_factor(*_sums((whole.square(), whole * used) for whole, used in blocks(delta, masked)))
+    parts = blocks(delta, merged, mask, *([] if negated is None else [negated]))
+    return scale_factor(*_sums((own.square(), own * signed_update(*rest)) for own, *rest in parts))
 
 
 def magnitudes(delta: Tensor, merged: Tensor, mask: Tensor) -> tuple[float, float]:

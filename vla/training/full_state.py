@@ -32,14 +32,19 @@ def is_sharded(model: nn.Module) -> bool:
 def gather_weights(model: nn.Module, *, only_trained: bool = False) -> dict[str, Tensor]:
     """Return the state dict; of a sharded model on the main process only, elsewhere it is empty.
 
-    Every process that holds shards must call this. Tensors that are whole and on the CPU are handed out as
-    they are and follow the weights. `only_trained` leaves frozen parameters and buffers out.
+    Every process that holds shards must call this. Tensors that are whole, on the CPU and alone in their
+    storage are handed out as they are and follow the weights; safetensors does not write those that share
+    one, as under DDP. `only_trained` leaves frozen parameters and buffers out.
     """
     state = get_model_state_dict(model, options=_GATHER_TRAINED if only_trained else _GATHER)
     if only_trained:
         trained = {name.removeprefix("module.") for name, p in model.named_parameters() if p.requires_grad}
         state = {name: value for name, value in state.items() if name in trained}
-    return state
+    return {name: value if _is_alone(value) else value.clone() for name, value in state.items()}
+
+
+def _is_alone(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
