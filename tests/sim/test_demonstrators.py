@@ -134,6 +134,7 @@ def test_what_once_failed_is_solved(suite, task, seed, _simulation_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # 30 long demonstrations: 15 minutes are not enough where something runs beside it
 @pytest.mark.parametrize("suite", ["libero_spatial", "libero_object", "libero_goal", "libero_10"])
 def test_at_least_nine_in_ten_of_a_suite_are_solved(suite, tmp_path):
     config = DemonstratorTableConfig(out=tmp_path / suite, suites=(suite,), episodes=3)
