@@ -10,8 +10,9 @@ is left holding against an obstacle burns out. What could not be released is rep
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,16 +123,16 @@ class Leaving:
         start = np.clip(self.supervisor.state.q, self.info.lower, self.info.upper)
         speed = self.supervisor.config.rest_speed * self.info.velocity
         duration = float((np.abs(self.supervisor.rest_pose - start) / speed).max())
-        begin = self.clock()
-        ramp, until = Ramp(start, self.supervisor.rest_pose, begin, duration), begin + duration + SETTLE
-        while self.clock() < until and self.supervisor.holding:
+        ramp = Ramp(start, self.supervisor.rest_pose, self.clock(), duration)
+        for _ in self._periods(duration + SETTLE):
+            if not self.supervisor.holding:
+                return
             try:
                 self.supervisor.driver.write(ramp.at(self.clock()))
             except (BusTimeout, BusCorrupt):
                 pass  # goals are not acknowledged; the next one says the same
             except DriverFault:
                 return
-            self._pause(begin)
 
     def release(self) -> tuple[str, ...]:
         """Switch every joint off on its own; return the names of those that did not confirm."""
@@ -148,9 +149,20 @@ class Leaving:
         return self.supervisor.is_rest(q)
 
     def _cycles(self, seconds: float, done: Callable[[], bool]) -> None:
-        begin = self.clock()
-        while self.clock() < begin + seconds and self.supervisor.mode in ENERGISED and not done():
+        for _ in self._periods(seconds):
+            if self.supervisor.mode not in ENERGISED or done():
+                return
             self.on_cycle(self.supervisor.cycle(self.clock()))
+
+    def _periods(self, seconds: float) -> Iterator[None]:
+        """Yield once per control period of the next `seconds`.
+
+        Periods are counted, not timed: while a busy computer does not come to its turn the arm is not
+        commanded, and the filter then sets off from standstill. An arm let go for that would fall.
+        """
+        begin = self.clock()
+        for _ in range(math.ceil(seconds * self.info.control_rate)):
+            yield
             self._pause(begin)
 
     def _arrived(self) -> bool:

@@ -432,6 +432,19 @@ def test_an_adapter_that_comes_back_while_the_arm_is_left_ends_at_rest(bench):
     assert_port_reusable(bench)
 
 
+@pytest.mark.parametrize("stall", [0.2, 0.6])
+def test_an_arm_is_not_let_go_because_the_computer_was_busy(bench, stall):
+    """Every control period comes late: the filter starts from standstill each time, and needs more time."""
+    bench.raise_up()
+
+    def late(seconds: float) -> None:
+        bench.pass_time(seconds)
+        bench.pass_time(stall)
+
+    ending = leave(bench.supervisor, "", clock=lambda: bench.now, sleep=late)
+    assert ending.at_rest and ending.unreleased == () and bench.torque() == OFF
+
+
 def test_a_silent_policy_is_held_then_laid_to_rest(bench):
     """LeRobot holds the last goal for ever."""
     bench.raise_up()
