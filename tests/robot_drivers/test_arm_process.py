@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -198,6 +199,24 @@ def test_if_the_arms_process_is_killed_the_arm_holds_and_is_taken_over_without_a
         ]
         assert torque == []  # never switched, neither off nor on
         assert again.close().at_rest
+    assert_left_at_rest(emulator)
+
+
+def test_a_computer_that_stands_still_for_longer_than_the_way_to_rest_does_not_drop_the_arm(emulator):
+    def stand_still() -> None:
+        time.sleep(0.5)
+        os.kill(arm.pid, signal.SIGSTOP)
+        time.sleep(3.0)
+        os.kill(arm.pid, signal.SIGCONT)
+
+    with Arm(config(emulator)) as arm:
+        arm.open()
+        arm.enable()
+        track(arm)
+        with ThreadPoolExecutor() as pool:
+            stood = pool.submit(stand_still)
+            assert arm.close().at_rest
+            stood.result()
     assert_left_at_rest(emulator)
 
 
