@@ -171,6 +171,7 @@ def test_the_serial_port_and_the_direct_bus_show_the_same_world(emulator, table)
 
 
 def test_in_real_time_the_arm_moves_with_the_clock_while_it_is_watched():
+    created = time.monotonic()  # the world, which a busy computer may leave behind the clock, catches up
     with Emulator(tabletop=7, cameras=SIZE) as emulator:
         driver = So101Driver(emulator.port, emulator.calibration, reply_timeout=5.0)
         driver.open()
@@ -185,8 +186,8 @@ def test_in_real_time_the_arm_moves_with_the_clock_while_it_is_watched():
             frames.append(camera.read())
             assert time.monotonic() - began < 60
         assert (frames[0] != frames[-1]).any()
-        took = emulator.look()["time"] - world
-        assert 0.3 < took <= time.monotonic() - began + 0.05  # a radian at 2.4 rad/s, and never early
+        now = emulator.look()["time"]
+        assert now - world > 0.3 and now <= time.monotonic() - created  # a radian at 2.4 rad/s; never early
         camera.close()
         assert driver.disable() == []
         driver.close()

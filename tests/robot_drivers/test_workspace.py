@@ -269,12 +269,12 @@ def test_an_arm_with_a_box_stays_in_it_and_still_lies_down(tmp_path):
         with Arm(config) as arm:
             arm.open()
             arm.enable()
-            begin = time.monotonic()
+            begin, why = time.monotonic(), set()
             while time.monotonic() - begin < 2.0:
                 arm.setpoint(named(HOME + np.array([0, 0.6, 0.3, 0, 0, 0])))  # down, through the floor
-                cycle = arm.latest()
+                why.update(arm.latest().interventions.values())
                 time.sleep(0.02)
-            assert "workspace" in cycle.interventions.values()
+            assert "workspace" in why
             assert arm.close().at_rest
         assert emulator.registers("TORQUE_ENABLE") == [0] * 6
     cycles = read_record(record).cycles

@@ -148,10 +148,10 @@ def when_up(emulator, info, act):
 def test_a_checkpoint_drives_the_arm_and_leaves_it_at_rest(emulator, info, contract, tmp_path, capsys):
     record = tmp_path / "record"
     policy = save_untrained_arm_policy(tmp_path / "policy", contract)
-    settings = config(emulator, None, checkpoint=policy, device="cpu", seconds=4.0, record=record)
+    settings = config(emulator, None, checkpoint=policy, device="cpu", seconds=8.0, record=record)
     run_robot(settings)
     said = capsys.readouterr().err
-    assert "The 4 s of this run are over. The arm is at rest and released." in said
+    assert "The 8 s of this run are over. The arm is at rest and released." in said
     assert "pre-flight" in said and "fails" not in said
     assert_left_at_rest(emulator, info)
     cycles = read_record(record / "arm.jsonl")
@@ -159,7 +159,7 @@ def test_a_checkpoint_drives_the_arm_and_leaves_it_at_rest(emulator, info, contr
     assert np.nanmin(away.max(axis=1)) < 0.1, "it went where the policy is"
     assert np.nanmax(away[-1]) > 0.2, "and back"
     summary = json.loads((record / "run.json").read_text())
-    assert summary["end"] == {"reason": "The 4 s of this run are over.", "failed": False}
+    assert summary["end"] == {"reason": "The 8 s of this run are over.", "failed": False}
     assert summary["policy"]["checkpoint"]["sha256"] and summary["queries"] > 1
     answers = [json.loads(line) for line in (record / "policy.jsonl").read_text().splitlines()]
     assert np.array(answers[0]["chunk"]).shape == (16, 6) and len(answers[0]["state"]) == 6
@@ -183,7 +183,7 @@ def test_a_bank_drives_the_arm_with_the_expert_that_the_task_means(
     assert "'wave' acts (language" in said and "at rest and released" in said
     assert_left_at_rest(emulator, info)
     summary = json.loads((record / "run.json").read_text())
-    assert summary["policy"]["choice"]["expert"] == "wave" and summary["queries"] > 1
+    assert summary["policy"]["choice"]["expert"] == "wave" and summary["queries"] > 0
     emulator.trace()
     with pytest.raises(UserError, match="cannot tell whether"):
         run_robot(replace(settings, task_router_margin=2.5))
