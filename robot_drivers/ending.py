@@ -1,11 +1,12 @@
-"""How an arm is left: brake, ramp to rest, release each joint on its own. Bounded in time, never raises.
+"""How an arm is left: brake, ramp to rest, release each joint on its own. Never raises, always ends.
 
     steered       brake ──► ramp to rest, watched ──► release
     faulty        ramp to rest as well as it can, unwatched, slow ──► release
     lost          take the link up again, for a while ──► as above, as far as it answers
 
-Nobody is there any more, so an arm that cannot be brought to rest is released where it got to: a joint that
-is left holding against an obstacle burns out. What could not be released is reported, never passed over.
+Both ramps have a number of control periods. Nobody is there any more, so an arm that cannot be brought to
+rest is released where it got to: a joint that is left holding against an obstacle burns out. What could not
+be released is reported, never passed over.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ BRAKE = 0.25
 """Seconds in which the arm stands before it is lowered; every joint can brake in that time."""
 
 SETTLE = 1.5
-"""Seconds beyond the ramp's own duration in which the arm must have arrived."""
+"""Seconds of control periods beyond the ramp's own duration in which the arm must have arrived."""
 
 RECONNECT_PAUSE = 0.25  # s
 
