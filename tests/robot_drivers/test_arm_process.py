@@ -33,7 +33,7 @@ from vla.robot_drivers.emulation import Emulator
 from vla.robot_drivers.replay import replay
 from vla.robot_drivers.replay import track as track_of
 from vla.robot_drivers.so101.calibration import JOINTS
-from vla.robot_drivers.so101.driver import make_so101
+from vla.robot_drivers.so101.driver import So101Driver, make_so101
 
 PATIENCE = 60.0  # s, for a loaded machine
 CALIBRATION = {
@@ -104,12 +104,20 @@ def track(arm: Arm, setpoint=RAISED, near: float = 0.02) -> None:
 
 
 def assert_left_at_rest(emulator: Emulator) -> None:
-    """Torque vector, collapsed or not, port reusable."""
+    """Torque vector, collapsed or not, port reusable: a moment after the last joint was released."""
     assert emulator.registers("TORQUE_ENABLE") == [0] * 6
     assert np.abs(np.array(emulator.registers("PRESENT_POSITION")) - REST).max() < 61  # rest_tolerance
     again = make_so101(**config(emulator).arguments)
-    again.open()
+    until(lambda: opens(again))
     again.close()
+
+
+def opens(driver: So101Driver) -> bool:
+    try:
+        driver.open()
+    except Disconnected:
+        return False
+    return True
 
 
 def start_client(emulator: Emulator, mode: str = "", **changes) -> subprocess.Popen:
