@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vla.errors import UserError
-from vla.robot_drivers import Arm, ArmConfig, DriverInfo, Joint, SafetyFilter, read_record
+from vla.robot_drivers import Arm, ArmConfig, DriverInfo, Joint, Mode, SafetyFilter, read_record
 from vla.robot_drivers.emulation import Emulator
 from vla.robot_drivers.safety_filter import LONGEST_STEP
 from vla.robot_drivers.so101.calibration import JOINTS, JointCalibration
@@ -269,10 +269,12 @@ def test_an_arm_with_a_box_stays_in_it_and_still_lies_down(tmp_path):
         with Arm(config) as arm:
             arm.open()
             arm.enable()
-            begin, why = time.monotonic(), set()
-            while time.monotonic() - begin < 2.0:
+            begin, tracked = time.monotonic(), 0
+            while time.monotonic() - begin < 2.0 or tracked <= 20:
                 arm.setpoint(named(HOME + np.array([0, 0.6, 0.3, 0, 0, 0])))  # down, through the floor
-                why.update(arm.latest().interventions.values())
+                cycle = arm.latest()
+                if cycle.mode is Mode.TRACK:  # a busy machine may have let the setpoint grow stale
+                    tracked, why = tracked + 1, set(cycle.interventions.values())
                 time.sleep(0.02)
             assert "workspace" in why
             assert arm.close().at_rest
