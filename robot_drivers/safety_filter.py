@@ -12,9 +12,9 @@ q' = q + v'Δ such that
 These can always be met together: braking by a_max Δ shortens q + v²/2a by aΔ²/2, so that a state which
 could brake in time still can after the step, however irregular the calls are.
 
-Within those bounds a setpoint is met exactly, so a well-behaved policy is not altered. A setpoint that is
-out of reach is approached on the fastest trapezoid that stops there, and a setpoint at rest overshot by
-no more than 6 a_max Δ² (the last steps of the trapezoid are taken as exact hits).
+Within those bounds a setpoint is met exactly, where that leaves the joint no faster against it than one step
+can brake, |v' − u| ≤ a_max Δ with the setpoint's own velocity u: a well-behaved policy is not altered. Any
+other setpoint is approached on the fastest trapezoid that stops there.
 
 With a `workspace`, v' is moreover blended with braking, v' ← v_b + λ (v' − v_b), by the largest λ of `BLENDS`
 for which the gripper certainly stays in its box while the arm brakes from there; λ = 0 inherits that from the
@@ -50,11 +50,15 @@ BLENDS = (1.0, 0.7, 0.4, 0.2, 0.1, 0.0)
 
 @dataclass(frozen=True)
 class FilterState:
-    """What was sent last: time (s, monotonic), position q (J,) and velocity v (J,)."""
+    """What was sent last: time (s, monotonic), position q (J,) and velocity v (J,).
+
+    `target` (J,) is what it was on the way to, bounded; None where it braked or stood.
+    """
 
     time: float
     q: np.ndarray
     v: np.ndarray
+    target: np.ndarray | None = None
 
 
 class Filtered(NamedTuple):
@@ -135,7 +139,7 @@ class SafetyFilter:
             q, v = self._within_workspace(state, dt, q, v, interventions)
         if asked is not None:
             self._explain(target, q, interventions)
-        return Filtered(FilterState(now, q, v), interventions)
+        return Filtered(FilterState(now, q, v, target), interventions)
 
     def _vector(self, setpoint: Mapping[str, float], measured: np.ndarray) -> np.ndarray:
         """Return the setpoint as a finite (J,) array, or raise `LimitViolation`."""
@@ -195,6 +199,8 @@ class SafetyFilter:
             exact = gap / dt
             slack = 1e-7 * a * dt  # what rounding alone makes of a setpoint that is just within reach
             reachable = (slowest - slack <= exact) & (exact <= fastest + slack)
+            drift = 0.0 if state.target is None else (target - state.target) / dt
+            reachable &= np.abs(exact - drift) <= a * dt + slack  # or it would run past a setpoint at rest
             wanted = np.where(reachable, exact, np.sign(gap) * stopping_velocity(np.abs(gap), a, dt))
         v = np.clip(wanted, slowest, fastest)
         q = state.q + v * dt
