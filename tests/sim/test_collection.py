@@ -24,19 +24,22 @@ from vla.sim.collection_workers import AttemptSchedule
 from vla.sim.recording import Recording, render
 
 VLA = Path(sys.executable).with_name("vla")
-ARGUMENTS = ["--suite", "libero_object", "--tasks", "0,2", "--episodes-per-task", "2", "--image-size", "64"]
 SIZE = 64
+ARGUMENTS = ["--suite", "libero_object", "--tasks", "0,2", "--image-size", str(SIZE)]
 
 
-def command(out, *more):
-    return [str(VLA), "collect", *ARGUMENTS, "--out", str(out), *more]
+def command(out, *more, episodes=1):
+    return [str(VLA), "collect", *ARGUMENTS, f"--episodes-per-task={episodes}", "--out", str(out), *more]
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
     """A small collection, recorded without interruption by one worker."""
-    out = tmp_path_factory.mktemp("collect") / "demo"
-    subprocess.run(command(out, "--workers", "1"), check=True, timeout=600)
+    return collected(tmp_path_factory.mktemp("collect") / "demo")
+
+
+def collected(out: Path, episodes: int = 1) -> Path:
+    subprocess.run(command(out, "--workers", "1", episodes=episodes), check=True, timeout=600)
     return out
 
 
@@ -47,7 +50,7 @@ def test_lerobot_reads_the_dataset(dataset):
     from lerobot.datasets import LeRobotDataset
 
     data = LeRobotDataset("local/demo", root=dataset)
-    assert (data.num_episodes, data.fps, len(data.meta.tasks)) == (4, 20, 2)
+    assert (data.num_episodes, data.fps, len(data.meta.tasks)) == (2, 20, 2)
     for episode in data.meta.episodes:
         item = data[episode["dataset_to_index"] - 1]
         assert item["task"] == episode["tasks"][0]
@@ -64,7 +67,7 @@ def test_dataset_offers_the_interface_of_the_simulator(dataset):
 def test_provenance_and_contact_sheet(dataset):
     provenance = json.loads((dataset / "meta" / "cogmerge.json").read_text())
     assert provenance["suite"] == "libero_object" and provenance["action_space"] == "osc_pose_delta"
-    assert [(task["task"], len(task["kept"])) for task in provenance["tasks"]] == [(0, 2), (2, 2)]
+    assert [(task["task"], len(task["kept"])) for task in provenance["tasks"]] == [(0, 1), (2, 1)]
     assert (dataset / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
     assert not dataset.with_name("demo.partial").exists()
 
@@ -101,20 +104,20 @@ def test_frames_can_be_drawn_again_identically(dataset, simulation_factory):
 
 
 def test_frames_can_be_drawn_at_another_size(dataset, simulation_factory):
-    recording = Recording.load(dataset / "simulator" / "episode_000000.safetensors")
-    sim = simulation_factory("libero_object", 0, image_size=96)
+    recording = Recording.load(dataset / "simulator" / "episode_000001.safetensors")
+    sim = simulation_factory("libero_object", 2, image_size=96)
     assert next(render(recording, sim))["image2"].shape == (96, 96, 3)
 
 
 def test_parquet_holds_what_the_simulator_held(dataset, simulation_factory):
-    recording = Recording.load(dataset / "simulator" / "episode_000001.safetensors")
+    recordings = [Recording.load(path) for path in sorted(dataset.glob("simulator/episode_*.safetensors"))]
     table = pq.read_table(dataset / "data/chunk-000/file-000.parquet").to_pydict()
-    rows = [i for i, episode in enumerate(table["episode_index"]) if episode == 1]
-    sim = simulation_factory("libero_object", 0, image_size=96)
-    sim.set_sim_state(recording.states[7])
-    np.testing.assert_array_equal(sim.state(), np.float32(table["observation.state"][rows[7]]))
-    clean = np.array([table["action"][i] for i in rows], np.float32)
-    executed = recording.executed.astype(np.float32)
+    sim = simulation_factory("libero_object", 2, image_size=96)
+    sim.set_sim_state(recordings[1].states[7])
+    row = table["episode_index"].index(1) + 7
+    np.testing.assert_array_equal(sim.state(), np.float32(table["observation.state"][row]))
+    clean = np.array(table["action"], np.float32)
+    executed = np.concatenate([recording.executed for recording in recordings]).astype(np.float32)
     moved = np.any(clean != executed, axis=1)
     assert 0 < moved.mean() < 1  # noise in bursts; labels stay clean
     np.testing.assert_array_equal(clean[:, 6], executed[:, 6])
@@ -123,37 +126,41 @@ def test_parquet_holds_what_the_simulator_held(dataset, simulation_factory):
 # ---------------------------------------------------------------------- interruptions
 
 
-def test_killed_and_resumed_collection_equals_an_uninterrupted_one(dataset, tmp_path):
+@pytest.mark.parametrize("episodes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_and_resumed_collection_equals_an_uninterrupted_one(dataset, tmp_path, episodes):
+    expected = dataset if episodes == 1 else collected(tmp_path / "whole", episodes)
     out = tmp_path / "demo"
     partial = out.with_name("demo.partial")
 
     def attempts():
         return list(partial.glob("attempts/*/attempt_*"))
 
-    with running(out) as run:
+    with running(out, episodes) as run:
         wait_until(attempts)
         run.send_signal(signal.SIGINT)
         assert run.wait(60) == 130 and not out.exists()
 
     done = len(attempts())
-    with running(out, "--resume") as run:
-        wait_until(lambda: len(attempts()) > done)
+    with running(out, episodes, "--resume") as run:
+        wait_until(lambda: children(run.pid) and len(attempts()) >= done + episodes - 1)
         workers = children(run.pid)
         run.kill()
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
 
-    with running(out, "--resume") as run:
+    with running(out, episodes, "--resume") as run:
         wait_until(lambda: children(run.pid))
         os.kill(children(run.pid)[0], signal.SIGKILL)  # a worker that dies is replaced
         assert run.wait(600) == 0
-    assert_same_dataset(dataset, out)
-    again = subprocess.run(command(out, "--resume"), capture_output=True, text=True, timeout=120)
+    assert_same_dataset(expected, out)
+    again = subprocess.run(
+        command(out, "--resume", episodes=episodes), capture_output=True, text=True, timeout=120
+    )
     assert again.returncode == 0 and "complete already" in again.stdout
 
 
 @contextmanager
-def running(out: Path, *more: str):
-    run = subprocess.Popen(command(out, "--workers", "2", *more))
+def running(out: Path, episodes: int, *more: str):
+    run = subprocess.Popen(command(out, "--workers", "2", *more, episodes=episodes))
     try:
         yield run
     finally:
