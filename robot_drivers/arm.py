@@ -20,6 +20,7 @@ or `ArmEnded` once the other process has left the arm. Methods may be called fro
 from __future__ import annotations
 
 import json
+import math
 import select
 import socket
 import subprocess
@@ -180,17 +181,21 @@ class Arm:
         self._request("enable")
         return self.latest()
 
-    def setpoint(self, q: Mapping[str, float]) -> None:
+    def setpoint(self, q: Mapping[str, float], within: float = 0.0) -> None:
         """Post where the joints shall go, by name; a heartbeat as well. Does not wait.
 
-        A bad one (unknown joints, not finite) is refused by the filter, and named in `Cycle.interventions`.
+        They are led there on a straight line `within` so many seconds: give the time to the next setpoint,
+        and the arm moves evenly. 0 asks for a step. A bad setpoint (unknown joints, not finite) is refused by
+        the filter, and named in `Cycle.interventions`. Raises `ValueError` for a time that is none.
         """
+        if not 0 <= within < math.inf:
+            raise ValueError(f"a setpoint is due within 0 or more seconds, not {within!r}")
         try:
             content = json.loads(json.dumps(dict(q), default=float))
         except (TypeError, ValueError) as error:
             raise LimitViolation(f"The setpoint is not made of joint names and numbers ({error}).") from None
         with self._lock:
-            self._tell({"op": "setpoint", "q": content, "time": time.monotonic()})
+            self._tell({"op": "setpoint", "q": content, "time": time.monotonic(), "within": float(within)})
 
     def heartbeat(self) -> None:
         """Say that this process is well. `setpoint` and `latest` do, too."""

@@ -222,7 +222,7 @@ class ArmProcess:
         """Carry out one operation; a request is answered with what it raised."""
         op, number = message["op"], message.get("number")
         if op == "setpoint":
-            self.supervisor.setpoint(message["q"], message["time"])
+            self.supervisor.setpoint(message["q"], message["time"], message["within"])
         elif op == "close":
             self.reason, self.closing = "The program that steered the arm closed it.", number
         elif op in REQUESTS:

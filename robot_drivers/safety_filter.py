@@ -130,8 +130,11 @@ class SafetyFilter:
         asked = None
         if setpoint is not None:
             try:
-                asked = self._vector(setpoint, measured)
+                asked = self.vector(setpoint)
+                if measured.shape != asked.shape or not np.isfinite(measured).all():
+                    raise LimitViolation("There is no finite measurement to compare the setpoint with.")
             except LimitViolation as error:
+                asked = None
                 interventions["setpoint"] = str(error)
         target = None if asked is None else self._bounded(asked, measured, interventions)
         q, v = self._advance(state, dt, target)
@@ -141,7 +144,7 @@ class SafetyFilter:
             self._explain(target, q, interventions)
         return Filtered(FilterState(now, q, v, target), interventions)
 
-    def _vector(self, setpoint: Mapping[str, float], measured: np.ndarray) -> np.ndarray:
+    def vector(self, setpoint: Mapping[str, float]) -> np.ndarray:
         """Return the setpoint as a finite (J,) array, or raise `LimitViolation`."""
         names = self.info.joint_names
         if set(setpoint) != set(names):
@@ -155,8 +158,6 @@ class SafetyFilter:
         if not np.isfinite(asked).all():
             bad = [name for name, value in zip(names, asked, strict=True) if not math.isfinite(value)]
             raise LimitViolation(f"The setpoint of {bad} is not finite.")
-        if measured.shape != asked.shape or not np.isfinite(measured).all():
-            raise LimitViolation("There is no finite measurement to compare the setpoint with.")
         return asked
 
     def _bounded(self, asked: np.ndarray, measured: np.ndarray, interventions: dict[str, str]) -> np.ndarray:

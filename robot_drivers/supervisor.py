@@ -98,6 +98,15 @@ class Ramp:
 
 
 @dataclass(frozen=True)
+class Setpoint:
+    """Where the policy wants the joints, asked for at `time` (s) and due `within` so many seconds."""
+
+    q: Mapping[str, float]
+    time: float
+    within: float
+
+
+@dataclass(frozen=True)
 class Cycle:
     """What one control period did: asked, sent, measured, and why they differ.
 
@@ -145,7 +154,8 @@ class Supervisor:
         self.fault: DriverFault | None = None
         self.touched = False  # torque was switched on from here, or taken over
         self.holding = False  # touched, and not released since
-        self._posted: tuple[float, Mapping[str, float]] | None = None
+        self._posted: Setpoint | None = None
+        self._line: tuple[Setpoint, Ramp] | None = None  # which setpoint is followed, and the way to it
         self._active: float | None = None  # when a setpoint was last followed
         self._missed = 0  # samples in a row
         self._followed = np.zeros(0)  # when each joint was last near its command
@@ -187,14 +197,19 @@ class Supervisor:
                 self.holding = False
             raise
         self._filtered, self._posted, self._active, self._missed = filtered, None, None, 0
+        self._line = None
         self._followed = np.full(len(filtered.q), now)
         self.mode = Mode.HOLD
 
-    def setpoint(self, q: Mapping[str, float], now: float) -> None:
-        """Post what the policy wants: joint name to position. One older than the last is dropped."""
+    def setpoint(self, q: Mapping[str, float], now: float, within: float = 0.0) -> None:
+        """Post what the policy wants: joint name to position. One older than the last is dropped.
+
+        It is due `within` so many seconds (`stale_hold` at most), and on a straight line until then. A policy
+        that gives its period moves the arm evenly; steps (0) are set off for and braked for one by one.
+        """
         posted = self._posted
-        if posted is None or now >= posted[0]:
-            self._posted = (now, dict(q))
+        if posted is None or now >= posted.time:
+            self._posted = Setpoint(dict(q), now, min(within, self.config.stale_hold))
 
     def hold(self) -> None:
         """Stop where it is until the next setpoint (also after REST)."""
@@ -342,18 +357,39 @@ class Supervisor:
         if self.mode is Mode.REST:
             return dict(zip(self.driver.info.joint_names, self.ramp.at(now).tolist(), strict=True))
         posted = self._posted
-        if posted is None or not abs(now - posted[0]) <= self.config.stale_hold:
+        if posted is None or not abs(now - posted.time) <= self.config.stale_hold:
             self._posted = None  # also one from the future, which would keep out every later one
             self.mode = Mode.HOLD
             return None
         self.mode = Mode.TRACK
-        return posted[1]
+        self._lay_line(posted)
+        return posted.q
+
+    def _lay_line(self, posted: Setpoint) -> None:
+        """Begin the way to a setpoint that is new: where the last one's had led, or where the arm is sent."""
+        if self._line is not None and self._line[0] is posted:
+            return
+        start = self._filtered.q if self._line is None else self._line[1].at(posted.time)
+        try:
+            goal = self.filter.vector(posted.q)
+        except LimitViolation:  # the filter will say so
+            self._line = None
+        else:
+            self._line = posted, Ramp(start, goal, posted.time, posted.within)
+
+    def _due(self, now: float, asked: Mapping[str, float] | None) -> Mapping[str, float] | None:
+        """Return where the joints are due at `now`, on the way to what is asked."""
+        if self.mode is not Mode.TRACK:
+            self._line = None
+        if self._line is None or asked is None:
+            return asked
+        return dict(zip(self.driver.info.joint_names, self._line[1].at(now).tolist(), strict=True))
 
     def _command(self, now: float, asked: Mapping[str, float] | None, fresh: bool) -> Cycle:
         """Filter and send. A faulty arm is braked, and not commanded any more once it stands."""
         before = self._filtered
         filter = self._lowering if self.mode is Mode.REST else self.filter
-        self._filtered, interventions = filter.step(before, now, asked, self._state.q)
+        self._filtered, interventions = filter.step(before, now, self._due(now, asked), self._state.q)
         if self.mode is Mode.TRACK and "setpoint" in interventions:
             self.mode = Mode.HOLD
         elif self.mode is Mode.TRACK:

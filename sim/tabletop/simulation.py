@@ -91,7 +91,7 @@ class TabletopSimulation:
         Raises `ValueError` for a wrong shape. What is not finite or not allowed the safety filter refuses.
         """
         self._drawn = None
-        self.supervisor.setpoint(from_policy(action), self._now)
+        self.supervisor.setpoint(from_policy(action), self._now, within=CYCLES * self.period)
         self._cycle()
         self.success = self.table.success
         return self.success

@@ -4,6 +4,8 @@ Everything is real here but the servos: processes, signals, a serial port, the c
 world stay where they are, so a joint that is found at its rest pose was driven there before it was released.
 """
 
+import itertools
+import math
 import os
 import signal
 import subprocess
@@ -269,6 +271,24 @@ def test_a_session_from_open_to_close(emulator):
     with pytest.raises(ArmEnded):
         arm.setpoint(RAISED)
     assert_left_at_rest(emulator)
+
+
+def test_a_setpoint_that_is_due_later_is_led_up_to_evenly(emulator, tmp_path):
+    """0.1 rad within 0.2 s, at 0.5 rad/s; asked for at once it would be 1.1 rad/s half way."""
+    path = tmp_path / "run.jsonl"
+    with Arm(config(emulator, record=path)) as arm:
+        arm.open()
+        arm.enable()
+        track(arm, near=0.005)
+        begin = time.monotonic()
+        arm.setpoint(RAISED | {"wrist_roll": 0.2}, within=0.2)
+        until(lambda: arm.latest().sent[4] < 0.22)
+        with pytest.raises(ValueError, match="within 0 or more seconds"):
+            arm.setpoint(RAISED, within=math.nan)
+    sent = [it for it in read_record(path).cycles if it.time > begin and it.sent is not None]
+    moved = itertools.takewhile(lambda it: it.sent[4] > 0.22, sent)
+    speeds = [(a.sent[4] - b.sent[4]) / (b.time - a.time) for a, b in itertools.pairwise(moved)]
+    assert 0.3 < np.quantile([speed for speed in speeds if speed > 0.01], 0.75) < 0.65
 
 
 def test_an_emergency_stop_releases_at_once_and_closing_does_not_energise_again(emulator):

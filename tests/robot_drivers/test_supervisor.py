@@ -113,6 +113,54 @@ def test_setpoints_are_tracked(bench):
     assert np.allclose(bench.arm.q, [0.5, 1.0]) and np.allclose(cycle.sent, [0.5, 1.0])
 
 
+def steer(bench: Bench, path, seconds: float, period: float, within: float) -> np.ndarray:
+    """Post `path` (of time) every `period` s, due `within` seconds; return what joint a was sent."""
+    due = 0.0
+    for _ in range(round(seconds / DT)):
+        bench.arm.now += DT
+        if bench.arm.now >= due - 1e-9:
+            bench.it.setpoint(UP | {"a": path(bench.arm.now)}, bench.arm.now, within)
+            due += period
+        bench.it.cycle(bench.arm.now)
+    return np.array([q[0] for _, q in bench.arm.sent])
+
+
+def test_a_setpoint_is_reached_when_it_is_due_and_on_a_straight_line():
+    bench = Bench()
+    bench.run(2.0, UP)  # a stands at 0.5
+    sent = steer(bench, lambda t: 0.5 - 0.06 * (t - 1.96), 0.2, 0.05, within=0.05)[-20:]
+    assert sent == pytest.approx(0.5 - 0.06 * DT * np.arange(20), abs=2e-4)  # a period of 0.05 s behind
+    assert np.diff(sent[1:]) == pytest.approx(-0.06 * DT, abs=1e-9)
+    bench.it.setpoint(UP | {"a": 0.6}, bench.arm.now, within=60.0)
+    assert bench.run(0.2).mode is Mode.TRACK and bench.arm.q[0] > 0.55  # due while it is followed, 0.25 s
+    assert bench.run(0.1).mode is Mode.HOLD
+
+
+def test_a_policy_that_gives_its_period_moves_the_arm_evenly():
+    """Steps are set off for and braked for one by one, at the highest acceleration; that helps nobody."""
+
+    def path(t: float) -> float:
+        return 0.2 + 0.35 * math.sin(0.5 * math.pi * t)
+
+    def unrest(within: float) -> tuple[float, float]:
+        """Root mean square of the acceleration sent (rad/s²), and of the way (rad) from where it is due."""
+        sent = steer(Bench(), path, 8.0, 0.05, within)
+        due = np.array([path(DT * k - 0.05) for k in range(1, len(sent) + 1)])
+        return np.std(np.diff(sent, 2)[100:] / DT**2), np.std((sent - due)[100:])
+
+    (even, near), (steps, far) = unrest(0.05), unrest(0.0)
+    assert even < 0.2 * steps and near < 0.5 * far
+    assert even == pytest.approx(0.35 * (0.5 * math.pi) ** 2 / math.sqrt(2), rel=1.5)  # of the path itself
+
+
+def test_what_is_no_setpoint_is_refused_on_the_way_too():
+    bench = Bench()
+    bench.run(1.0, UP)
+    bench.it.setpoint(UP | {"a": math.nan}, bench.arm.now, within=0.1)
+    cycle = bench.run(DT)
+    assert cycle.mode is Mode.HOLD and "'a'" in cycle.interventions["setpoint"]
+
+
 def test_a_silent_policy_makes_the_arm_hold_and_then_rest(bench):
     bench.run(0.3, {"a": 0.9, "b": 1.8})
     assert bench.run(0.24).mode is Mode.TRACK

@@ -53,8 +53,9 @@ class PerfectArm:
         state = State(self.clock.now, self.looks, self.q, (True,) * 6)
         return Cycle(self.clock.now, event, None, None, state, True, {}, fault)
 
-    def setpoint(self, q):
+    def setpoint(self, q, within=0.0):
         self.sent.append((self.clock.now, q))
+        self.within = within
         self.q = np.array([q[name] for name in JOINTS])
 
 
@@ -150,7 +151,7 @@ def test_the_rate_is_the_contracts_and_the_arm_never_waits_for_the_policy():
     assert status.starved == 5, "it waits for the first answer, and for none after that"
     assert len(arm.sent) == status.periods - 5
     gaps = np.diff([now for now, _ in arm.sent])
-    assert gaps == pytest.approx(1 / RATE)
+    assert gaps == pytest.approx(1 / RATE) and arm.within == 1 / RATE
     assert clock.now == pytest.approx(110.0, abs=0.06)
 
 

@@ -42,6 +42,9 @@ CAMERA_TIMEOUT = 15.0
 
 LOOK_AGAIN = 0.01  # s
 
+LONGEST_WAY = 0.1
+"""Seconds within which an action is due, however seldom the tool asks."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -83,6 +86,7 @@ class CogMergeSo101(Robot):
 
     def __init__(self, config: CogMergeSo101Config):
         self._arm: Arm | None = None
+        self._asked_at = 0.0
         super().__init__(config)
         self.config = config
         self.cameras = make_cameras_from_configs(config.cameras)
@@ -160,7 +164,11 @@ class CogMergeSo101(Robot):
             logger.warning("Without an action the arm went to rest; it follows again, slowly at first.")
             self._arm.hold()
             self._soft_start = SoftStart(self._arm.info, self.config.soft_start)
-        self._arm.setpoint(self._soft_start.limit(asked, cycle.state.q, time.monotonic()))
+        now = time.monotonic()
+        # LeRobot says nowhere how often it will ask; it keeps a rate, so as long as since it asked last.
+        within = min(now - self._asked_at, LONGEST_WAY)
+        self._asked_at = now
+        self._arm.setpoint(self._soft_start.limit(asked, cycle.state.q, now), within=within)
         return self._features(cycle.state.q if cycle.sent is None else cycle.sent)
 
     @check_if_not_connected

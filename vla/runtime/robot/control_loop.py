@@ -37,8 +37,8 @@ class SteeredArm(Protocol):
     def latest(self) -> Cycle:
         """Return the newest control period of the arm."""
 
-    def setpoint(self, q: Mapping[str, float]) -> None:
-        """Post where the joints shall go."""
+    def setpoint(self, q: Mapping[str, float], within: float = 0.0) -> None:
+        """Post where the joints shall go, and in how many seconds they are due there."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class ControlLoop:
         if action is None:
             return
         setpoint = self.soft_start.limit(self.action_joints.to_setpoint(action), cycle.state.q, now)
-        self.arm.setpoint(setpoint)
+        self.arm.setpoint(setpoint, within=self.period)
         for listener in self.listeners:
             listener.asked_arm(now, setpoint, cycle)
 

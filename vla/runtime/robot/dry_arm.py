@@ -30,8 +30,8 @@ class DryArm:
         """Return the newest control period of the real arm."""
         return self._arm.latest()
 
-    def setpoint(self, q: Mapping[str, float]) -> None:
-        """Filter and show; nothing goes to the arm."""
+    def setpoint(self, q: Mapping[str, float], within: float = 0.0) -> None:
+        """Filter and show where the arm would be by the next setpoint; nothing goes to the arm."""
         now = time.monotonic()
         if self._state is None:
             self._state = self._filter.start(now, self.latest().state.q)
