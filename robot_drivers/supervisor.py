@@ -14,6 +14,8 @@ when released is only released at rest, or by `emergency_stop`.
 from __future__ import annotations
 
 import enum
+import itertools
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -42,7 +44,7 @@ FEWEST_MISSED = 3
 """Samples in a row that must fail before an arm is lost."""
 
 PATIENCE = 5
-"""Attempts at a sample while nothing moves."""
+"""Attempts at a sample, at least, while nothing moves."""
 
 ENERGISED = frozenset({Mode.HOLD, Mode.TRACK, Mode.REST})
 
@@ -294,13 +296,14 @@ class Supervisor:
         return self._command(now, asked, fresh)
 
     def look(self) -> State:
-        """Return a sample of an arm that stands: here one lost reply is not worth a failure."""
-        for _ in range(PATIENCE - 1):
+        """Return a sample of an arm that stands: here a few lost replies are not worth a failure."""
+        until = time.monotonic() + self.config.lost_after
+        for attempt in itertools.count(1):
             try:
                 return self.driver.read()
             except (BusTimeout, BusCorrupt):
-                continue
-        return self.driver.read()
+                if attempt >= PATIENCE and time.monotonic() > until:
+                    raise
 
     def _sample(self, now: float) -> bool:
         """Read the arm; latch FAULT or LOST. Returns whether there is a new sample."""

@@ -44,7 +44,7 @@ def filled(experts, make_model):
 
 
 @torch.no_grad()
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     ranks=st.lists(st.integers(0, 5), min_size=1, max_size=4),
     sizes=st.tuples(*[st.integers(1, 9)] * 3),

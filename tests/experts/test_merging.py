@@ -151,7 +151,7 @@ def test_ties_trims_the_whole_task_vector():
     st.floats(0.01, 0.99),
     st.integers(1, 5),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_radix_selection_is_sorting(values, density, parts):
     vector = torch.tensor(values, dtype=torch.float32)
     survey = MagnitudeSurvey(1, density)
@@ -261,7 +261,7 @@ def test_least_squares_worked_by_hand():
 
 
 @given(st.lists(st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=5), min_size=1, max_size=6))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @pytest.mark.parametrize("bits", LEVELS)
 def test_least_squares_loses_no_more_than_any_choice_of_levels(bits, entries):
     """Against every choice of levels with the entry that is best for it."""

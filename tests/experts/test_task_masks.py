@@ -44,7 +44,7 @@ def test_blocks_are_the_whole(entries):
 
 
 @given(st.lists(st.sampled_from([0.0, -1e-30, 1e-3, -2.0, 5.0]), min_size=1), st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_lambda_zero_keeps_every_nonzero(values, data):
     delta = torch.tensor(values)
     merged = torch.tensor(data.draw(st.lists(st.floats(-9, 9), min_size=len(values), max_size=len(values))))
@@ -75,7 +75,7 @@ def test_factors_do_not_tell_how_many_threads_summed():
 
 
 @given(st.lists(st.integers(0, 5), min_size=0, max_size=3), st.integers(0, 2**31))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_pack_and_unpack(shape, seed):
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.4
     packed = pack(mask)

@@ -178,7 +178,7 @@ def test_infinite_scores_rank_between_numbers_and_nan(triton_path):
     assert torch.equal(triton_path("film_route_select", *inputs)[0][0].cpu(), want)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(values=st.lists(st.integers(-3, 3), min_size=1, max_size=70), share=st.floats(0, 1))
 def test_interpreted_selection_equals_sorting_by_score_then_index(interpreter, values, share):
     k = max(1, round(share * len(values)))

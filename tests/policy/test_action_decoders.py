@@ -266,7 +266,7 @@ BLOCKS = {name: ACTION_DECODERS[name].block for name in LAYERED}
 
 
 @layered
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     heads=st.sampled_from([1, 2, 4]),
     rows=st.integers(1, 4),

@@ -45,7 +45,7 @@ def reference(q, k, v, mask):
     return out
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     prefix=st.integers(1, 9),
     action=st.integers(0, 4),

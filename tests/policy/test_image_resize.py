@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from vla.policy.images import resize_area
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**31))
 def test_whole_blocks_give_what_the_area_mode_gives_bit_for_bit(size, down, across, seed):
     generator = torch.Generator().manual_seed(seed)

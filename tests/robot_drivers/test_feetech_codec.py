@@ -44,7 +44,7 @@ def test_sync_write_needs_parts_of_one_length():
         codec.sync_write(42, {1: b"\0", 2: b"\0\0"})
 
 
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 PACKETS = st.builds(Packet, st.integers(0, 254), st.integers(0, 255), st.binary(max_size=20))
 
 

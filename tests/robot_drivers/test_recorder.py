@@ -74,7 +74,7 @@ def test_a_record_reads_back_as_what_happened(tmp_path):
 FLOATS = st.floats(allow_nan=False)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(FLOATS, st.lists(FLOATS, min_size=2, max_size=2), st.sampled_from(list(Mode)))
 def test_numbers_survive_to_the_last_bit(time, values, mode):
     state = State(time, 0, np.array(values), (True, True), dq=np.array(values[::-1]))

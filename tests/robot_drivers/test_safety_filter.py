@@ -45,7 +45,7 @@ INTERVALS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.tuples(LIMITS, LIMITS),
     st.tuples(st.floats(0, 1), st.floats(0, 1)),
@@ -87,7 +87,7 @@ def check_bounds(info: DriverInfo, sent: list[tuple[float, np.ndarray]]) -> None
         velocity = new
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(BRISK, st.floats(0, 1), st.booleans(), st.sampled_from([0.005, 0.01, 0.02]), st.floats(0, 0.1))
 def test_a_run_into_a_limit_is_braked_before_it(limits, begin, up, dt, margin):
     info = arm(limits)
@@ -100,7 +100,7 @@ def test_a_run_into_a_limit_is_braked_before_it(limits, begin, up, dt, margin):
     check_bounds(info, sent)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(LIMITS, st.lists(st.floats(0, 1), min_size=1, max_size=80))
 def test_what_the_filter_sends_passes_a_second_filter_unaltered(limits, wishes):
     info = arm(limits)
@@ -133,7 +133,7 @@ def test_a_jump_becomes_a_trapezoid_that_takes_the_minimum_time():
     assert abs(path[70] - 0.6) > 0.01 and abs(path[90] - 0.6) < 0.01 and path[-1] == pytest.approx(0.6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(BRISK, st.floats(0, 1), st.floats(0, 1), st.sampled_from([0.01, 0.02]))
 def test_a_resting_target_is_reached_and_not_overshot(limits, begin, end, dt):
     info = arm(limits)
@@ -146,7 +146,7 @@ def test_a_resting_target_is_reached_and_not_overshot(limits, begin, end, dt):
     assert abs(path[-1] - target) < 1e-3 * span + 2 * limits[3] * dt**2
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(BRISK, st.floats(0.02, 0.98), st.floats(0.02, 0.98), st.floats(0.004, 0.09), st.integers(0, 2**32))
 def test_a_slow_computer_makes_no_arm_run_past_its_target(limits, begin, end, longest, seed):
     """However irregular the cycles: at most what a step's change of velocity takes to be braked again."""
@@ -223,7 +223,6 @@ def test_a_caller_that_was_away_starts_from_standstill():
     assert later.q[0] - state.q[0] <= 10.0 * LONGEST_STEP**2 + 1e-9
 
 
-@settings(deadline=None)
 @given(st.floats(0, 10), st.floats(0.01, 300), st.floats(1e-4, 0.1))
 def test_stopping_velocity_solves_its_equation(distance, a, dt):
     v = float(stopping_velocity(np.array(distance), np.array(a), dt))

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -250,14 +251,18 @@ def test_a_joint_that_does_not_follow_is_a_fault_and_a_gripper_that_holds_someth
             assert cycle.fault.joint == "b" and "no motion towards its goal" in str(cycle.fault)
 
 
-def test_a_lost_reply_while_the_arm_stands_is_no_failure():
+@pytest.mark.parametrize("seconds", [0.0, 0.2])
+def test_lost_replies_while_the_arm_stands_are_no_failure(seconds):
+    """Four in a row, or as many as come in 0.2 s: a busy computer at the other end."""
     bench = Bench(enabled=False)
-    lost = [BusTimeout(["a"], "silent")] * 4
-    read = bench.arm.read
+    lost = [BusTimeout(["a"], "silent")] * 5
+    read, until = bench.arm.read, time.monotonic() + seconds
 
     def sometimes():
+        if lost and time.monotonic() >= until:
+            lost.pop()
         if lost:
-            raise lost.pop()
+            raise lost[0]
         return read()
 
     bench.arm.read = sometimes
@@ -385,7 +390,7 @@ EVENTS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(EVENTS, max_size=60))
 def test_no_course_of_events_breaks_a_bound_or_a_latch(events):
     bench = Bench()

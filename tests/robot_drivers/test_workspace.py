@@ -54,7 +54,7 @@ def distance(q, bounds) -> float:
     return float(np.linalg.norm(np.maximum(np.maximum(low - x, x - high), 0.0)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SHARES)
 def test_the_frame_is_where_mujoco_says_and_moves_as_differences_say(shares):
     q = INFO.lower + shares * SPAN
@@ -89,7 +89,7 @@ BOXES = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SHARES, st.tuples(*[st.floats(-2, 2)] * 6).map(np.array), st.lists(SHARES, min_size=1, max_size=6))
 def test_what_braking_can_touch_is_bounded(shares, v, parts):
     """The tightest box that the certificate accepts holds every point between here and standstill."""
@@ -131,7 +131,7 @@ def run(filter, start, calls) -> list[tuple[float, np.ndarray]]:
     return sent
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(BOXES, SHARES, CALLS)
 def test_no_sequence_of_inputs_sends_the_gripper_out_of_its_box(bounds, shares, calls):
     """Neither in position nor, for one that began inside, at the cost of the acceleration's bound."""
@@ -156,7 +156,7 @@ def check_motion(sent: list[tuple[float, np.ndarray]], gently: bool) -> None:
         velocity = new
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(SHARES, min_size=1, max_size=3), st.floats(0.02, 0.1), st.sampled_from([0.005, 0.01, 0.03]))
 def test_a_run_into_a_wall_is_braked_before_it(wishes, size, dt):
     """Sweeps of all joints through a small box, at full speed where there is room for it."""

@@ -18,7 +18,7 @@ array = st.sampled_from(ELEMENTS).flatmap(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(array)
 def test_arrays_travel_both_ways_between_openpi_and_us(value):
     message = {"observation/image": value, "list": [value, "x"], "n": 3}
@@ -101,7 +101,7 @@ def test_what_is_not_msgpack_is_one_sentence(data):
         decode(data)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=200))
 def test_noise_raises_nothing_else(data):
     try:
@@ -110,7 +110,7 @@ def test_noise_raises_nothing_else(data):
         assert "\n" not in str(error)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.fixed_dictionaries(
         {},

@@ -229,7 +229,7 @@ def test_foreign_recording_is_refused(tmp_path):
 # ---------------------------------------------------------------------- the schedule
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     outcomes=st.lists(st.booleans(), min_size=30, max_size=30),
     wanted=st.integers(1, 6),

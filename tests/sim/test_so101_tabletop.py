@@ -56,7 +56,7 @@ def test_lerobots_units():
         from_policy(np.zeros(7))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     reach=st.floats(0.17, 0.26),
     bearing=st.floats(-0.8, 0.8),
@@ -256,7 +256,7 @@ def test_a_demonstration_runs_through_the_serial_port_as_it_was_recorded(sim):
         for state, action, frames in settling + rows:
             if state is not None:
                 assert np.array_equal(to_policy(driver.read().q), state)
-                supervisor.setpoint(from_policy(action), now)
+                supervisor.setpoint(from_policy(action), now, within=4 * sim.period)
             for name, frame in (frames or {}).items():
                 assert np.array_equal(cameras[name].read(), frame)
             for _ in range(4):
