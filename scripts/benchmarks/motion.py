@@ -1,10 +1,10 @@
 """How evenly an arm moves between the actions of a policy: on a line to each, and not in steps.
 
 The emulated SO101, with masses and in simulated time, follows one smooth path whose points are posted at the
-rate of a policy. Ours is what `vla run` does: a setpoint is due when the next one comes. The baselines are the
-same setpoints as steps, through the same safety filter, and the same points written into the servos with the
-registers of LeRobot's `SO101Follower` (full acceleration, no speed limit). Unrest is the root mean square of
-what the joints accelerate beyond the path's own; lag is the delay at which they match the path best.
+rate of a policy. Ours is what `vla run` does: a setpoint is due when the next one comes. The baselines are
+the same setpoints as steps, through the same safety filter, and the same points written into the servos with
+the registers of LeRobot's `SO101Follower` (full acceleration, no speed limit). Unrest is the root mean square
+of what the joints accelerate beyond the path's own; lag is the delay at which they match the path best.
 """
 
 from __future__ import annotations
