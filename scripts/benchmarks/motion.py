@@ -71,10 +71,11 @@ class EmulatedArm:
 
     def follow(self, rate: float, seconds: float, within: float, begin: float = 0.0) -> np.ndarray:
         """Post the path's points at `rate`, due `within` s; return the joints' angles (T, 6) in rad."""
-        angles = []
-        for goal in points(rate, seconds, begin):
+        angles, start = [], self.now
+        for time, goal in points(rate, seconds, begin):
             if goal is not None:
-                self.supervisor.setpoint(dict(zip(JOINTS, goal.tolist(), strict=True)), self.now, within)
+                setpoint = dict(zip(JOINTS, goal.tolist(), strict=True))
+                self.supervisor.setpoint(setpoint, start + time, within)
             self.now += CYCLE
             self.supervisor.cycle(self.now)
             angles.append(self.table.plant.angles())
@@ -86,7 +87,7 @@ class EmulatedArm:
             servo.put(r.ACCELERATION, FULL_ACCELERATION)
             servo.put(r.GOAL_VELOCITY, NO_LIMIT)
         angles, goal = [], path(0.0)
-        for point in points(rate, seconds):
+        for _, point in points(rate, seconds):
             goal = goal if point is None else point
             self.now += CYCLE
             self.driver.write(goal)  # the same again between actions: nothing changes but the time
@@ -94,12 +95,13 @@ class EmulatedArm:
         return np.array(angles)
 
 
-def points(rate: float, seconds: float, begin: float = 0.0) -> Iterator[np.ndarray | None]:
-    """Yield for every cycle the point of the path (6,) that is posted in it, None for most."""
+def points(rate: float, seconds: float, begin: float = 0.0) -> Iterator[tuple[float, np.ndarray | None]]:
+    """Yield for every cycle the point of the path (6,) that is new in it and its time (s); None for most."""
     posted = 0
     for cycle in range(round(seconds / CYCLE)):
-        due = cycle * CYCLE >= posted / rate - 1e-9
-        yield path(begin + posted / rate) if due else None
+        time = posted / rate
+        due = cycle * CYCLE >= time - 1e-9
+        yield time, path(begin + time) if due else None
         posted += due
 
 
