@@ -5,7 +5,8 @@
         arm.enable()                                # soft start, holds where it is
         while working:
             cycle = arm.latest()                    # newest sample, mode, fault: never older than the loop
-            arm.setpoint(policy(cycle.state.q))     # {joint: position}; does not wait
+            goal = policy(cycle.state.q)            # {joint: position}
+            arm.setpoint(goal, within=period)       # evenly until the next one; does not wait
     # leaving the block: brake, ramp to rest, release each servo, port free
 
 The other process samples, filters and commands at the arm's own rate whatever this one does. It leaves the
