@@ -167,6 +167,19 @@ def test_it_holds_moves_within_the_limits_and_is_left_at_rest(emulator, calibrat
     assert max(speeds) < VELOCITY * 1.001
 
 
+def test_an_action_is_due_when_the_tool_is_likely_to_send_the_next(calibrated, make, monkeypatch):
+    robot, asked = make(calibrated), []
+    robot.connect()
+    monkeypatch.setattr(robot._arm, "setpoint", lambda q, within=0.0: asked.append(within))
+    here = {key: robot.get_observation()[key] for key in KEYS}
+    begin = time.monotonic()
+    for pause in (0.03, 0.3, 0.0):
+        robot.send_action(here)
+        time.sleep(pause)
+    assert asked[0] == asked[2] == 0.1  # nobody knows yet; seldom
+    assert 0.03 <= asked[1] <= min(time.monotonic() - begin - 0.3, 0.1)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_an_action_that_is_none_is_refused_by_name(emulator, calibrated, make, value):
     robot = make(calibrated)
