@@ -46,6 +46,8 @@ FEWEST_MISSED = 3
 PATIENCE = 5
 """Attempts at a sample, at least, while nothing moves."""
 
+LOOK_AGAIN = 0.005  # s
+
 ENERGISED = frozenset({Mode.HOLD, Mode.TRACK, Mode.REST})
 
 
@@ -304,6 +306,7 @@ class Supervisor:
             except (BusTimeout, BusCorrupt):
                 if attempt >= PATIENCE and time.monotonic() > until:
                     raise
+            time.sleep(LOOK_AGAIN)
 
     def _sample(self, now: float) -> bool:
         """Read the arm; latch FAULT or LOST. Returns whether there is a new sample."""
