@@ -361,7 +361,7 @@ class Supervisor:
         if self.mode is not Mode.REST and silent > self.config.stale_rest:
             self.rest(now)
         if self.mode is Mode.REST:
-            return dict(zip(self.driver.info.joint_names, self.ramp.at(now).tolist(), strict=True))
+            return self._named(self.ramp.at(now))
         posted = self._posted
         if posted is None or not abs(now - posted.time) <= self.config.stale_hold:
             self._posted = None  # also one from the future, which would keep out every later one
@@ -389,7 +389,11 @@ class Supervisor:
             self._line = None
         if self._line is None or asked is None:
             return asked
-        return dict(zip(self.driver.info.joint_names, self._line[1].at(now).tolist(), strict=True))
+        return self._named(self._line[1].at(now))
+
+    def _named(self, q: np.ndarray) -> dict[str, float]:
+        """Return positions (J,) by the names of their joints."""
+        return dict(zip(self.driver.info.joint_names, q.tolist(), strict=True))
 
     def _command(self, now: float, asked: Mapping[str, float] | None, fresh: bool) -> Cycle:
         """Filter and send. A faulty arm is braked, and not commanded any more once it stands."""
