@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from port_wait import opens
 
 from vla.errors import UserError
 from vla.robot_drivers import (
@@ -35,7 +36,7 @@ from vla.robot_drivers.emulation import Emulator
 from vla.robot_drivers.replay import replay
 from vla.robot_drivers.replay import track as track_of
 from vla.robot_drivers.so101.calibration import JOINTS
-from vla.robot_drivers.so101.driver import So101Driver, make_so101
+from vla.robot_drivers.so101.driver import make_so101
 
 PATIENCE = 60.0  # s, for a loaded machine
 CALIBRATION = {
@@ -112,14 +113,6 @@ def assert_left_at_rest(emulator: Emulator) -> None:
     again = make_so101(**config(emulator).arguments)
     until(lambda: opens(again))
     again.close()
-
-
-def opens(driver: So101Driver) -> bool:
-    try:
-        driver.open()
-    except Disconnected:
-        return False
-    return True
 
 
 def start_client(emulator: Emulator, mode: str = "", **changes) -> subprocess.Popen:

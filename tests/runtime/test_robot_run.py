@@ -28,11 +28,12 @@ from arm_bench import (
     save_untrained_arm_policy,
     sway_server,
 )
+from port_wait import opens
 from rich.console import Console
 
 from vla.errors import UserError
 from vla.experts.bank_folder import BankFolder
-from vla.robot_drivers import Arm, ArmConfig, Disconnected, Mode, SupervisorConfig
+from vla.robot_drivers import Arm, ArmConfig, Mode, SupervisorConfig
 from vla.robot_drivers.emulation import Emulator
 from vla.robot_drivers.recorder import read_record
 from vla.robot_drivers.so101.driver import so101_info
@@ -114,14 +115,6 @@ def assert_left_at_rest(emulator, info, limp=None) -> None:
         gap = np.abs(cycle.state.q - np.array(info.rest)) / (info.upper - info.lower)
         away = {name for name, it in zip(info.joint_names, gap, strict=True) if it > 0.04}
         assert away <= {limp}, f"the arm is not at rest: {gap}"
-
-
-def opens(arm: Arm) -> bool:
-    try:
-        arm.open()
-    except Disconnected:
-        return False
-    return True
 
 
 def is_up(emulator, info) -> bool:
